@@ -1,0 +1,234 @@
+"""The canonical form of a graph (design.md D2): what every pass may rely on.
+
+Weights are initializers, and initializers are no inputs. Functions are inlined, the opset is lifted, sizes that do
+not depend on a run-time dimension are numbers, defaults that hide a size are written out, no-ops and dead code are
+gone, names are unique, nodes sorted, shapes inferred. The interface (inputs, outputs, metadata) is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx_ir.passes import PassError
+
+from graphopt.errors import InvalidGraphError
+from graphopt.ir.explicit import write_defaults_out
+from graphopt.ir.opset import lift_opset
+from graphopt.ir.propagate import DEFAULT_SIZE, Facts, propagate, symbolic_dimensions
+
+NOTES = "graphopt.notes"
+"""Key in `model.meta`: list of sentences about how the model was read, for the report."""
+
+_LARGEST_FILLED_WEIGHT = 2**31
+"""Bytes of the largest weight that a ConstantOfShape may stand for before it is left in the graph."""
+
+
+def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> ir.Model:
+    """Bring a model into canonical form, in place, and return it.
+
+    Args:
+        model: a valid model of opset 7 or above.
+        sizes: elements of the symbolic input dimensions that the model is known to accept, by name; they serve as
+            the first probe (twice as many as the second). Without them every symbol is 2.
+
+    Raises:
+        InvalidGraphError: the graph has a cycle, or a node reads a value that nobody produces.
+
+    Example:
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,6] x) => (float[n,6] y) {
+        ...     shape = Shape (x)  same = Identity (x)  flat = Reshape (same, shape)  y = Relu (flat) }''')
+        >>> [node.op_type for node in canonicalize(model).graph]
+        ['Shape', 'Reshape', 'Relu']
+    """
+    _sort(model)
+    _clean(
+        model,
+        common.InlinePass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.RemoveInitializersFromInputsPass(),
+    )
+    lift_opset(model)
+    _clean(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _drop_training_mode(model)
+    facts = fold_static_sizes(model, sizes)
+    write_defaults_out(model, facts)
+    _clean(
+        model,
+        common.IdentityEliminationPass(),
+        common.OutputFixPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )
+    _sort(model)
+    _name_nodes(model)
+    infer_shapes(model, sizes)
+    return model
+
+
+def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Facts:
+    """Replace every small value that two probes of the symbolic dimensions agree on by an initializer.
+
+    Values computed from float weights are left alone: folding them would tear the weight from its name before
+    pruning. Weights that a ConstantOfShape stands for are written out.
+
+    Returns:
+        What the first probe knows about the graph, valid for the values that remain.
+    """
+    first, second = _two_probes(model, sizes)
+    for graph in model.graphs():
+        for node in list(graph):
+            for value in node.outputs:
+                array = _static_value(value, first, second)
+                if array is not None and value.uses() and not value.is_graph_output():
+                    _replace_by_initializer(model.graph, value, array)
+                    facts_of_new = value.meta.pop("graphopt.replaced_by")
+                    first.shapes[facts_of_new] = array.shape
+    common.RemoveUnusedNodesPass()(model)
+    return first
+
+
+def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | None:
+    if value in first.constants and value in second.constants and value not in first.from_weights:
+        a, b = first.constants[value], second.constants[value]
+        same = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        return a if same else None
+    node = value.producer()
+    if node is not None and node.op_type == "ConstantOfShape" and node.domain == "":
+        return _filled(node, first, second)
+    return None
+
+
+def _filled(node: ir.Node, first: Facts, second: Facts) -> np.ndarray | None:
+    """The tensor behind ConstantOfShape, as a broadcast view that takes no memory until it is written."""
+    target, other = first.constant(node.inputs[0]), second.constant(node.inputs[0])
+    if target is None or other is None or not np.array_equal(target, other):
+        return None
+    attribute = node.attributes.get("value")
+    fill = np.zeros(1, np.float32) if attribute is None else attribute.as_tensor().numpy()
+    shape = tuple(int(size) for size in target)
+    if int(np.prod(shape)) * fill.itemsize > _LARGEST_FILLED_WEIGHT:
+        return None
+    return np.broadcast_to(fill.reshape(()), shape)
+
+
+def _replace_by_initializer(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    name = value.name or f"constant_{len(graph.initializers)}"
+    value.name = f"{name}.computed"
+    while name in graph.initializers:
+        name = f"{name}_"
+    folded = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    folded.shape, folded.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(folded)
+    value.replace_all_uses_with(folded)
+    value.meta["graphopt.replaced_by"] = folded
+
+
+def _two_probes(model: ir.Model, sizes: Mapping[str, int] | None) -> tuple[Facts, Facts]:
+    names = symbolic_dimensions(model)
+    chosen = {name: (sizes or {}).get(name, DEFAULT_SIZE) for name in names}
+    first = propagate(model, {**(sizes or {}), **chosen})
+    if not names:
+        return first, first
+    doubled = {name: 2 * size for name, size in {**(sizes or {}), **chosen}.items()}
+    return first, propagate(model, doubled)
+
+
+def infer_shapes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Facts:
+    """Write a shape on every value: numbers where two probes agree, the model's own symbols where they do not.
+
+    A run-time dimension that has no symbol yet gets the symbol of the one input dimension that it equals in both
+    probes, and stays anonymous where there is none or more than one.
+
+    Returns:
+        What the first probe knows about the graph.
+    """
+    first, second = _two_probes(model, sizes)
+    symbols = _symbols_by_sizes(model, sizes)
+    for graph in model.graphs():
+        for node in graph:
+            for value in node.outputs:
+                _write_shape(value, first, second, symbols)
+    return first
+
+
+def _symbols_by_sizes(model: ir.Model, sizes: Mapping[str, int] | None) -> dict[int, str]:
+    """Input symbols by their size in the first probe, where that size belongs to one symbol only."""
+    by_size: dict[int, list[str]] = {}
+    for name in symbolic_dimensions(model):
+        by_size.setdefault((sizes or {}).get(name, DEFAULT_SIZE), []).append(name)
+    return {size: names[0] for size, names in by_size.items() if len(names) == 1 and "[" not in names[0]}
+
+
+def _write_shape(value: ir.Value, first: Facts, second: Facts, symbols: Mapping[int, str]) -> None:
+    if value in first.dtypes and value.dtype is None:
+        value.dtype = first.dtypes[value]
+    a, b = first.shape(value), second.shape(value)
+    if a is None or b is None or len(a) != len(b) or value.is_graph_output():
+        return
+    declared = value.shape if value.shape is not None and len(value.shape) == len(a) else None
+    dimensions: list[int | str | None] = []
+    for axis, (size, other) in enumerate(zip(a, b, strict=True)):
+        if size == other:
+            dimensions.append(size)
+            continue
+        old = None if declared is None or isinstance(declared[axis], int) else declared[axis].value  # type: ignore[union-attr]
+        dimensions.append(old or (symbols.get(size) if other == 2 * size else None))
+    value.shape = ir.Shape(dimensions)
+
+
+def _drop_training_mode(model: ir.Model) -> None:
+    """Dropout in training mode becomes inference Dropout, with a note: a deployed model does not drop at random."""
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.op_type != "Dropout" or node.domain != "":
+                continue
+            mode = node.inputs[2] if len(node.inputs) > 2 else None
+            if mode is not None:
+                node.replace_input_with(2, None)
+                node.resize_inputs(1)
+                note(model, f"Dropout {node.name!r} was exported in training mode and is now inactive")
+            mask = node.outputs[1] if len(node.outputs) > 1 else None
+            if (mask is None or not mask.uses()) and not node.outputs[0].is_graph_output() and node.inputs[0] is not None:
+                node.outputs[0].replace_all_uses_with(node.inputs[0])
+
+
+def note(model: ir.Model, sentence: str) -> None:
+    """Keep a sentence about how the model was read, for the report."""
+    notes = model.meta.setdefault(NOTES, [])
+    if sentence not in notes:
+        notes.append(sentence)
+
+
+def _sort(model: ir.Model) -> None:
+    try:
+        common.TopologicalSortPass()(model)
+    except (PassError, ValueError) as error:
+        raise InvalidGraphError(
+            f"the graph has a cycle: {error}", where=model.graph.name, help="export the model again"
+        ) from error
+
+
+def _clean(model: ir.Model, *passes: ir.passes.InPlacePass) -> None:
+    for single in passes:
+        single(model)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Unique value and node names; a node without one is named after its first output."""
+    common.NameFixPass()(model)
+    taken = {node.name for graph in model.graphs() for node in graph if node.name}
+    for graph in model.graphs():
+        for node in graph:
+            if not node.name:
+                base = f"{node.op_type}:{node.outputs[0].name}" if node.outputs else node.op_type
+                name, number = base, 1
+                while name in taken:
+                    number += 1
+                    name = f"{base}_{number}"
+                taken.add(name)
+                node.name = name

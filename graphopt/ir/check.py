@@ -1,0 +1,89 @@
+"""Whether a graph is a valid ONNX graph: names, order, types. Weights are not read."""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.errors import InvalidGraphError
+from graphopt.ir.session import open_session
+
+_LARGE = 1024
+"""Bytes from which a weight is declared instead of copied: checks need its type, not its content."""
+
+
+def check_structure(model: ir.Model) -> None:
+    """Raise `InvalidGraphError` where the graph is not valid ONNX; the message names the node.
+
+    onnx's checker and its strict type inference judge first. Many working files carry wrong shape annotations, so
+    what type inference rejects is put to onnxruntime, and only what both reject is an error.
+    """
+    _check_names(model)
+    proto = declared_proto(model)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise InvalidGraphError(
+            f"the graph is not valid ONNX: {_summary(error)}", where=model.graph.name, help="export the model again"
+        ) from error
+    try:
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    except Exception as error:  # InferenceError is not exported under one stable name
+        try:
+            open_session(model, optimized=False)
+        except InvalidGraphError as refused:
+            raise InvalidGraphError(
+                f"the types or shapes of the graph contradict each other: {_summary(error)}",
+                where=model.graph.name,
+                help="export the model again",
+            ) from refused
+
+
+def declared_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto in which large weights are declared as graph inputs, so that it is small and complete."""
+    shell = model.clone()
+    graph = shell.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _LARGE:
+            continue
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+        del graph.initializers[name]
+        value.const_value = None
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+    return ir.to_proto(shell)
+
+
+def _check_names(model: ir.Model) -> None:
+    """Every operand must be produced, an input, an initializer, or captured from the graph around."""
+    known: set[ir.Value] = set()
+    for graph in model.graphs():
+        known.update(graph.inputs)
+        known.update(graph.initializers.values())
+        for node in graph:
+            known.update(node.outputs)
+    for graph in model.graphs():
+        for node in graph:
+            for index, value in enumerate(node.inputs):
+                if value is not None and value not in known:
+                    raise InvalidGraphError(
+                        f"input {index} of {node.op_type} reads {value.name!r}, which nothing produces",
+                        where=node.name or node.op_type,
+                        help="the file is damaged or was edited; export the model again",
+                    )
+        for value in graph.outputs:
+            if value not in known:
+                raise InvalidGraphError(
+                    f"graph output {value.name!r} is not produced by any node",
+                    where=graph.name,
+                    help="the file is damaged or was edited; export the model again",
+                )
+
+
+def _summary(error: BaseException) -> str:
+    """The first sentence of onnx's message, without its C++ source location."""
+    text = re.sub(r"^\[[A-Za-z]+Error\]\s*", "", str(error).strip())
+    return " ".join(text.split())[:400]

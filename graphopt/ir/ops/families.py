@@ -1,0 +1,113 @@
+"""Constructors of whole families of rows, and the shape arithmetic that several families share.
+
+Knows no operator by name. A row without `since` describes the op in every opset version that has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+from graphopt.ir.ops.row import OpRow, Shape, ShapeRule, Site
+
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators, which its graph optimizer and quantizers put into files."""
+
+
+def no_macs(site: Site) -> int:
+    """The cost of whatever is no contraction: 0 by convention (see `CostRule`)."""
+    return 0
+
+
+def unary(
+    *names: str,
+    domain: str = "",
+    structural: tuple[int, ...] = (),
+    quantization: tuple[int, ...] = (),
+    reads_all: bool = True,
+    shape: ShapeRule | None = None,
+) -> tuple[OpRow, ...]:
+    """Rows of ops whose output is computed from input 0 without a contraction: 0 MACs.
+
+    Outside the standard domain the output has the shape of input 0, unless `shape` says otherwise.
+
+    Example:
+        >>> [row.op_type for row in unary("Relu", "Sigmoid")]
+        ['Relu', 'Sigmoid']
+    """
+    rule = shape or (None if domain == "" else same_shape)
+    return tuple(
+        OpRow(
+            name,
+            domain=domain,
+            reads_all=reads_all,
+            structural=structural,
+            quantization=quantization,
+            cost=no_macs,
+            shape=rule,
+        )
+        for name in names
+    )
+
+
+def broadcasting(
+    *names: str,
+    domain: str = "",
+    operands: tuple[int, ...] | None = None,
+    quantization: tuple[int, ...] = (),
+) -> tuple[OpRow, ...]:
+    """Rows of ops that combine their operands position by position under ONNX broadcasting: 0 MACs.
+
+    Args:
+        names: operator names.
+        domain: operator domain; outside the standard one the rows carry a shape rule.
+        operands: indices of the inputs that are broadcast together; None for all of them.
+        quantization: indices of the scales and zero points.
+    """
+
+    def shape(site: Site) -> list[Shape]:
+        indices = range(len(site.inputs)) if operands is None else operands
+        return [broadcast(site.input_shape(index) for index in indices)]
+
+    rule = None if domain == "" else shape
+    return tuple(
+        OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization) for name in names
+    )
+
+
+def uncounted(*names: str, domain: str = "", structural: tuple[int, ...] = ()) -> tuple[OpRow, ...]:
+    """Rows of ops that do contract operands but whose number of MACs is not known: they are listed as unknown.
+
+    The call says why: the number depends on the algorithm, on run-time values, or on a layout only a GPU has.
+    """
+    return tuple(OpRow(name, domain=domain, structural=structural, cost=None) for name in names)
+
+
+def same_shape(site: Site) -> list[Shape]:
+    """Every output has the shape of input 0."""
+    return [site.input_shape(0)] * len(site.node.outputs)
+
+
+def broadcast(shapes: Iterable[Shape]) -> Shape:
+    """The multidirectional broadcast of shapes (ONNX "Broadcasting", that of numpy).
+
+    Raises:
+        ValueError: two sizes differ and neither is 1.
+
+    Example:
+        >>> broadcast([(4, 1, 5), (3, 1)])
+        (4, 3, 5)
+    """
+    result: list[int] = []
+    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        distinct = set(sizes) - {1}
+        if len(distinct) > 1:
+            raise ValueError(f"sizes {sorted(distinct)} do not broadcast")
+        result.append(distinct.pop() if distinct else 1)
+    return tuple(reversed(result))
+
+
+def elements(shape: Shape) -> int:
+    """Number of elements of a shape; 1 for a scalar."""
+    return math.prod(shape)

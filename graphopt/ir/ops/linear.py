@@ -1,0 +1,118 @@
+"""Rows of the matrix products: MatMul, Gemm, Einsum, their quantized and fused forms.
+
+A product costs output elements x length of the contracted axis; a bias, `alpha` and `beta` cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from graphopt.ir.ops.einsum import einsum_macs
+from graphopt.ir.ops.families import MICROSOFT, broadcast, elements, uncounted
+from graphopt.ir.ops.row import OpRow, Shape, Site
+
+
+def matmul_macs(site: Site, left: int = 0) -> int:
+    """Output elements x last axis of A, numpy's `matmul` (1-D and batched operands included)."""
+    return elements(site.output_shape()) * site.input_shape(left)[-1]
+
+
+def gemm_macs(site: Site) -> int:
+    """Output elements x contracted axis of A (axis 0 with transA, else 1)."""
+    return elements(site.output_shape()) * site.input_shape(0)[0 if site.attribute("transA", 0) else 1]
+
+
+def fused_matmul_macs(site: Site) -> int:
+    """Output elements x contracted axis of A, after transBatchA and transA."""
+    return elements(site.output_shape()) * _oriented(site, 0, "A")[-1]
+
+
+def fixed_weight_macs(site: Site) -> int:
+    """Elements of A x attribute N: B holds K x N packed numbers."""
+    return elements(site.input_shape(0)) * int(site.attribute("N"))
+
+
+def matmul_shape(site: Site, left: int = 0, right: int = 1) -> list[Shape]:
+    """Shape of numpy's `matmul`."""
+    return [_product(site.input_shape(left), site.input_shape(right))]
+
+
+def gemm_shape(site: Site, right: int = 1) -> list[Shape]:
+    """[M, N] of A' @ B', each transposed by its attribute."""
+    rows = site.input_shape(0)[1 if site.attribute("transA", 0) else 0]
+    columns = site.input_shape(right)[0 if site.attribute("transB", 0) else 1]
+    return [(rows, columns)]
+
+
+def fused_matmul_shape(site: Site) -> list[Shape]:
+    """Shape of `matmul` on the operands as the four transpose attributes orient them."""
+    return [_product(_oriented(site, 0, "A"), _oriented(site, 1, "B"))]
+
+
+def fixed_weight_shape(site: Site) -> list[Shape]:
+    """A with its last axis replaced by attribute N."""
+    return [(*site.input_shape(0)[:-1], int(site.attribute("N")))]
+
+
+def _product(left: Shape, right: Shape) -> Shape:
+    rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()
+    return (*broadcast([left[:-2], right[:-2]]), *rows, *columns)
+
+
+def _oriented(site: Site, index: int, letter: str) -> Shape:
+    """Operand of FusedMatMul as [batch..., rows, columns].
+
+    transBatch says that axis 0 holds the rows and the batch axes follow it; trans then swaps the last two.
+    """
+    shape = site.input_shape(index)
+    if site.attribute(f"transBatch{letter}", 0) and len(shape) > 2:
+        shape = (*shape[1:-1], shape[0], shape[-1])
+    if site.attribute(f"trans{letter}", 0) and len(shape) > 1:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return shape
+
+
+def _contributed(
+    names: tuple[str, ...],
+    cost: Callable[[Site], int],
+    shape: Callable[[Site], list[Shape]],
+    quantization: tuple[int, ...] = (),
+) -> tuple[OpRow, ...]:
+    return tuple(
+        OpRow(name, domain=MICROSOFT, cost=cost, shape=shape, quantization=quantization) for name in names
+    )
+
+
+ROWS: tuple[OpRow, ...] = (
+    OpRow("MatMul", cost=matmul_macs),
+    OpRow("Gemm", cost=gemm_macs),
+    OpRow("Einsum", cost=einsum_macs),
+    OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3)),
+    OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7)),
+    *_contributed(
+        ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul"), fused_matmul_macs, fused_matmul_shape
+    ),
+    *_contributed(("FusedGemm", "SparseToDenseMatMul"), gemm_macs, gemm_shape),
+    *_contributed(("GemmFloat8",), gemm_macs, gemm_shape, quantization=(3, 4, 5)),
+    *_contributed(("QGemm",), gemm_macs, partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8)),
+    *_contributed(("GemmFastGelu", "MatMulInteger16"), matmul_macs, matmul_shape),
+    *_contributed(("DynamicQuantizeMatMul",), matmul_macs, matmul_shape, quantization=(2, 3)),
+    *_contributed(("MatMulIntegerToFloat",), matmul_macs, matmul_shape, quantization=(2, 3, 4, 5)),
+    *_contributed(
+        ("QOrderedMatMul",), matmul_macs, partial(matmul_shape, right=2), quantization=(1, 3, 4, 7)
+    ),
+    *_contributed(("MatMulNBits",), fixed_weight_macs, fixed_weight_shape, quantization=(2, 3)),
+    *_contributed(("MatMulBnb4",), fixed_weight_macs, fixed_weight_shape, quantization=(2,)),
+    # Weight layouts of GPU kernels that no file documents: N cannot be read off the packed weight.
+    *uncounted(
+        "MatMulFpQ4",
+        "MatMulBlockQuantizedFp4Weight",
+        "MatMulBlockQuantizedFp8Weight",
+        "MatMulNBitsMlp",
+        "MatMulNBitsQkv",
+        domain=MICROSOFT,
+    ),
+    # As many experts run as the router chooses at run time, and `swiglu_fusion` changes the layout of the first.
+    *uncounted("MoE", "QMoE", domain=MICROSOFT),
+)

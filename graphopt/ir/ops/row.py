@@ -1,0 +1,159 @@
+"""The shape of op knowledge: one row an operator, one column a question (design.md D3, ADR 0003).
+
+This module knows no operator and no analysis. It fixes what a row is, what each column promises, and what
+an empty column means: `channels` empty freezes every axis that the op touches, `cost` empty counts as zero
+and is listed as unknown, `torch` empty makes `lift` refuse, `repair` empty says that nothing needs repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import GraphoptError
+
+Shape = tuple[int, ...]
+"""A concrete shape: every dimension is a known number of elements."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node with the concrete shapes and known constants around it: what every column function reads.
+
+    Attributes:
+        node: the node itself.
+        inputs: shape of each input, None for an absent optional input or an unknown shape.
+        outputs: shape of each output, None where unknown.
+        constants: value of each input that is known before run time, else None.
+    """
+
+    node: ir.Node
+    inputs: tuple[Shape | None, ...]
+    outputs: tuple[Shape | None, ...]
+    constants: tuple[np.ndarray | None, ...]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """The Python value of an attribute of the node, or `default` where the node has none."""
+        found = self.node.attributes.get(name)
+        return default if found is None else found.value
+
+    def input_shape(self, index: int) -> Shape:
+        """Shape of input `index`. Raises `UnknownShapeError` where it is absent or unknown."""
+        shape = self.inputs[index] if index < len(self.inputs) else None
+        if shape is None:
+            raise UnknownShapeError(self.node, f"input {index}")
+        return shape
+
+    def output_shape(self, index: int = 0) -> Shape:
+        """Shape of output `index`. Raises `UnknownShapeError` where it is unknown."""
+        shape = self.outputs[index] if index < len(self.outputs) else None
+        if shape is None:
+            raise UnknownShapeError(self.node, f"output {index}")
+        return shape
+
+
+class UnknownShapeError(Exception):
+    """A column function needs a shape that is not known; the caller reports the node as unknown."""
+
+    def __init__(self, node: ir.Node, what: str) -> None:
+        super().__init__(f"shape of {what} of {node.op_type} {node.name!r} is unknown")
+
+
+CostRule = Callable[[Site], int]
+"""Multiply-accumulate operations (MACs) of one run of the node, subgraphs not counted.
+
+MACs count the products of *linear* operators: every term of a contraction of two operands (convolution, matrix
+product, attention product, recurrence) is one, border padding included. Everything else (elementwise, normalisation,
+pooling, interpolation, softmax) is 0 by convention: its price is the bytes that it moves.
+A rule reads shapes, attributes, and constants of `structural` inputs only.
+"""
+ShapeRule = Callable[[Site], Sequence[Shape]]
+"""Shapes of the outputs, for the ops that `onnx.shape_inference` cannot infer node by node."""
+ChannelsRule = Callable[..., Any]
+"""Unifies the labels of axis positions that are the same channel (issue "dependency engine")."""
+RepairRule = Callable[..., Any]
+"""Attributes and shape constants to rewrite once axes have shrunk (issue "dependency engine")."""
+TorchRule = Callable[..., Any]
+"""The differentiable torch function of the op (issue "lift")."""
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """All that graphopt knows about one operator from one opset version on.
+
+    Attributes:
+        op_type: ONNX operator name.
+        domain: ONNX operator domain, "" for the standard one.
+        since: first opset version that the row describes.
+        reads_all: False where the op reads no more elements of input 0 than it writes (Gather, Slice ...),
+            so that bytes moved are not overstated.
+        structural: indices of the inputs that say *how* (axes, target shapes, scales), not *what*.
+        quantization: indices of the inputs that are quantization scales or zero points. They are cut with the
+            channels, unlike structural ones, and like them they are no parameters of the network.
+        cost: see `CostRule`; None means unknown.
+        shape: see `ShapeRule`; None means that `onnx.shape_inference` knows.
+        channels: see `ChannelsRule`; None freezes every axis that the op touches.
+        repair: see `RepairRule`; None means nothing to repair.
+        torch: see `TorchRule`; None makes `lift` refuse the op by name.
+    """
+
+    op_type: str
+    domain: str = ""
+    since: int = 1
+    reads_all: bool = True
+    structural: tuple[int, ...] = ()
+    cost: CostRule | None = None
+    shape: ShapeRule | None = None
+    channels: ChannelsRule | None = None
+    repair: RepairRule | None = None
+    torch: TorchRule | None = None
+    quantization: tuple[int, ...] = ()
+
+
+class OpTable:
+    """Rows by (domain, op, since-version). A value: `with_rows` returns a copy, nothing is registered.
+
+    Example:
+        >>> table = OpTable([OpRow("Relu", cost=lambda site: 0)])
+        >>> table.row("", "Relu", 21).op_type
+        'Relu'
+        >>> table.row("com.acme", "Warp", 1) is None
+        True
+    """
+
+    def __init__(self, rows: Iterable[OpRow]) -> None:
+        by_operator: dict[tuple[str, str], dict[int, OpRow]] = {}
+        for row in rows:
+            versions = by_operator.setdefault((row.domain, row.op_type), {})
+            if row.since in versions:
+                raise GraphoptError(
+                    f"two rows for operator {row.domain or 'ai.onnx'}::{row.op_type} since version {row.since}",
+                    help="merge them into one row, or give one of them another `since`",
+                )
+            versions[row.since] = row
+        self._rows: Mapping[tuple[str, str], dict[int, OpRow]] = by_operator
+
+    def row(self, domain: str, op_type: str, opset: int) -> OpRow | None:
+        """The row with the highest `since` not above `opset`, or None where the op is unknown."""
+        versions = self._rows.get(("" if domain == "ai.onnx" else domain, op_type))
+        if not versions:
+            return None
+        eligible = [since for since in versions if since <= opset]
+        return versions[max(eligible)] if eligible else None
+
+    def with_rows(self, rows: Iterable[OpRow]) -> OpTable:
+        """A copy in which `rows` replace or extend the rows of this table."""
+        merged = {(row.domain, row.op_type, row.since): row for row in self}
+        merged.update({(row.domain, row.op_type, row.since): row for row in rows})
+        return OpTable(merged.values())
+
+    def __iter__(self) -> Any:
+        for versions in self._rows.values():
+            yield from versions.values()
+
+    def __len__(self) -> int:
+        return sum(len(versions) for versions in self._rows.values())

@@ -1,0 +1,436 @@
+"""Concrete shapes and known constants of every value, for one choice of the symbolic dimensions.
+
+Symbolic shape inference loses the shape behind every `Shape -> Gather -> Concat -> Reshape` chain. With numbers in
+place of symbols there is nothing to lose: each node is inferred alone, from the shapes before it and from the small
+constants that shape arithmetic produces. What two choices of the symbols (two probes) agree on is static.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from graphopt.ir.ops import default_table
+from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError
+
+MAXIMUM_CONSTANT_ELEMENTS = 4096
+"""Larger values are data, not shape arithmetic, and are not tracked."""
+DEFAULT_SIZE = 2
+"""Elements of a symbolic dimension that nobody gave a size. Never 1: broadcasting would be ambiguous."""
+_NOT_DETERMINISTIC = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+}
+
+
+@dataclass
+class Facts:
+    """What is true about a graph at one choice of its symbolic dimensions.
+
+    Attributes:
+        shapes: concrete shape of every value whose shape could be inferred.
+        dtypes: element type of every value whose type could be inferred.
+        constants: value of everything that is known before run time and small, weights excluded
+            (ask `constant`, which looks at them too).
+        from_weights: values computed from float weights; they are known, yet must not be folded away before
+            pruning, because that would tear the weight from its name.
+        unknown: nodes with an output of unknown shape.
+        conflicts: nodes that shape inference rejects, with its message.
+    """
+
+    shapes: dict[ir.Value, Shape] = field(default_factory=dict)
+    dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
+    constants: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    from_weights: set[ir.Value] = field(default_factory=set)
+    unknown: list[ir.Node] = field(default_factory=list)
+    conflicts: list[tuple[ir.Node, str]] = field(default_factory=list)
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """Concrete shape of a value, None where it is unknown."""
+        return None if value is None else self.shapes.get(value)
+
+    def constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """The value before run time, weights included, or None where it depends on the inputs."""
+        if value is None:
+            return None
+        found = self.constants.get(value)
+        if found is None and value.is_initializer() and value.const_value is not None:
+            return value.const_value.numpy()
+        return found
+
+    def site(self, node: ir.Node) -> Site:
+        """The node with the shapes and constants around it, as the columns of the op table read it."""
+        return Site(
+            node,
+            tuple(self.shape(value) for value in node.inputs),
+            tuple(self.shape(value) for value in node.outputs),
+            tuple(self._small_constant(value) for value in node.inputs),
+        )
+
+    def _small_constant(self, value: ir.Value | None) -> np.ndarray | None:
+        shape = self.shape(value)
+        if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS:
+            return None
+        return self.constant(value)
+
+
+def dimension_name(value: ir.Value, axis: int) -> str | None:
+    """Name of a symbolic dimension: its own, or `value[axis]` where the model left it anonymous; None if static."""
+    assert value.shape is not None
+    dimension = value.shape[axis]
+    if isinstance(dimension, int):
+        return None
+    return dimension.value or f"{value.name}[{axis}]"
+
+
+def symbolic_dimensions(model: ir.Model) -> list[str]:
+    """Names of the symbolic dimensions of the model's inputs, each once, in order of appearance."""
+    names: dict[str, None] = {}
+    for value in model.graph.inputs:
+        for axis in range(len(value.shape) if value.shape is not None else 0):
+            name = dimension_name(value, axis)
+            if name is not None:
+                names[name] = None
+    return list(names)
+
+
+def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
+    """Declared shape with numbers for symbols; None where the rank is unknown or a symbol is an unbound expression."""
+    if value.shape is None:
+        return None
+    shape: list[int] = []
+    for axis, dimension in enumerate(value.shape):
+        name = dimension_name(value, axis)
+        shape.append(int(dimension) if name is None else sizes.get(name, DEFAULT_SIZE))  # type: ignore[arg-type]
+    return tuple(shape)
+
+
+def propagate(model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None) -> Facts:
+    """Infer concrete shapes and known constants, node by node, subgraphs included.
+
+    Args:
+        model: any model whose nodes are sorted; it is not changed.
+        sizes: elements of each symbolic input dimension by name (see `dimension_name`); 2 where not given.
+        table: op rows whose `shape` column fills in what `onnx.shape_inference` cannot infer.
+
+    Example:
+        >>> model = ir.from_onnx_text(
+        ...     '<ir_version: 10, opset_import: ["": 21]> g (float[n,6] x) => (float[a,b] y) '
+        ...     '{ s = Shape (x) two = Constant <value = int64[1] {2}> () r = Div (s, two) y = Reshape (x, r) }')
+        >>> facts = propagate(model, {"n": 8})
+        >>> {value.name: array.tolist() for value, array in facts.constants.items()}
+        {'s': [8, 6], 'two': [2], 'r': [4, 3]}
+        >>> facts.shape(model.graph.outputs[0])
+        (4, 3)
+    """
+    return _Propagation(model, dict(sizes or {}), table or default_table()).run()
+
+
+class _Propagation:
+    def __init__(self, model: ir.Model, sizes: Mapping[str, int], table: OpTable) -> None:
+        self.model, self.sizes, self.table = model, sizes, table
+        self.facts = Facts()
+        self.opsets = dict(model.opset_imports)
+        self.imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+
+    def run(self) -> Facts:
+        for value in self.model.graph.inputs:
+            if value.dtype is not None:
+                self.facts.dtypes[value] = value.dtype
+            shape = concrete_shape(value, self.sizes)
+            if shape is not None:
+                self.facts.shapes[value] = shape
+        self._graph(self.model.graph)
+        return self.facts
+
+    def _graph(self, graph: ir.Graph) -> None:
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                self.facts.shapes[value] = tuple(int(size) for size in value.const_value.shape)
+                self.facts.dtypes[value] = value.const_value.dtype
+                if value.const_value.size > 1 and value.const_value.dtype.is_floating_point():
+                    self.facts.from_weights.add(value)
+        for node in graph:
+            self._node(node)
+
+    def _node(self, node: ir.Node) -> None:
+        facts = self.facts
+        if any(value in facts.from_weights for value in node.inputs if value is not None) and node.op_type not in (
+            "Shape",
+            "Size",
+        ):
+            facts.from_weights.update(node.outputs)
+        subgraphs = [attribute for attribute in node.attributes.values() if _holds_graphs(attribute)]
+        if subgraphs:
+            self._control_flow(node)
+        else:
+            self._constants(node)
+            if any(value not in facts.shapes for value in node.outputs):
+                self._shapes(node)
+        if any(value not in facts.shapes for value in node.outputs if value.name and value.uses()):
+            facts.unknown.append(node)
+
+    def _constants(self, node: ir.Node) -> None:
+        """Evaluate a node whose inputs are all known and small, and the shape queries."""
+        facts = self.facts
+        results: Sequence[Any] | None = None
+        if node.domain in ("", "ai.onnx"):
+            shape = facts.shape(node.inputs[0]) if node.inputs else None
+            if node.op_type == "Shape" and shape is not None:
+                start, end = (_integer(node, "start") or 0), _integer(node, "end")
+                results = [np.array(shape[start:end], np.int64)]
+            elif node.op_type == "Size" and shape is not None:
+                results = [np.array(int(np.prod(shape)), np.int64)]
+            elif node.op_type == "Constant":
+                results = _constant_value(node)
+            elif node.op_type not in _NOT_DETERMINISTIC and self._is_small_arithmetic(node):
+                results = self._evaluate(node)
+        if results is None:
+            return
+        for value, result in zip(node.outputs, results, strict=False):
+            array = np.asarray(result)
+            facts.shapes[value] = array.shape
+            facts.dtypes.setdefault(value, ir.DataType.from_numpy(array.dtype))
+            if array.size <= MAXIMUM_CONSTANT_ELEMENTS:
+                facts.constants[value] = array
+
+    def _is_small_arithmetic(self, node: ir.Node) -> bool:
+        facts = self.facts
+        known = [value for value in node.inputs if value is not None]
+        if not known:
+            return False
+        for value in known:
+            shape = facts.shape(value)
+            if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS or facts.constant(value) is None:
+                return False
+        if node.op_type in ("ConstantOfShape", "Expand", "Tile", "Range"):
+            self._shapes(node)
+            shape = facts.shape(node.outputs[0])
+            return shape is not None and int(np.prod(shape)) <= MAXIMUM_CONSTANT_ELEMENTS
+        return True
+
+    def _evaluate(self, node: ir.Node) -> Sequence[Any] | None:
+        feeds = {
+            f"i{index}": np.asarray(self.facts.constant(value))
+            for index, value in enumerate(node.inputs)
+            if value is not None
+        }
+        proto = _bare_node(node)
+        graph = onnx.helper.make_graph(
+            [proto],
+            "one",
+            [_untyped(name) for name in feeds],
+            [_untyped(name) for name in proto.output if name],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=self.imports)
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                return ReferenceEvaluator(model).run(None, feeds)  # type: ignore[no-any-return]
+        except Exception:  # the reference evaluator lacks some ops and raises anything: then it is not known
+            return None
+
+    def _shapes(self, node: ir.Node) -> None:
+        inferred = self._infer(node)
+        row = self.table.row(node.domain, node.op_type, self.opsets.get(node.domain, 1))
+        for index, value in enumerate(node.outputs):
+            if value in self.facts.shapes or not value.name:
+                continue
+            shape = inferred.get(index)
+            if shape is None and row is not None and row.shape is not None:
+                shape = self._by_row(row.shape, node, index)
+            if shape is None:
+                shape = self._declared(value)
+            if shape is not None:
+                self.facts.shapes[value] = shape
+
+    def _declared(self, value: ir.Value) -> Shape | None:
+        """The shape written in the model, where each of its symbols is one that has a size."""
+        if value.shape is None:
+            return None
+        symbols = [dimension.value for dimension in value.shape if not isinstance(dimension, int)]
+        if any(symbol is None or symbol not in self.sizes for symbol in symbols):
+            return None
+        return concrete_shape(value, self.sizes)
+
+    def _by_row(self, rule: Any, node: ir.Node, index: int) -> Shape | None:
+        try:
+            shapes = rule(self.facts.site(node))
+        except UnknownShapeError:
+            return None
+        return tuple(int(size) for size in shapes[index]) if index < len(shapes) else None
+
+    def _infer(self, node: ir.Node) -> dict[int, Shape]:
+        """Shapes that `onnx.shape_inference` finds for the outputs of one node, by output index."""
+        version = self.opsets.get(node.domain)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain)
+        except onnx.defs.SchemaError:
+            return {}
+        types: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            proto = self._type(value)
+            if proto is None:
+                return {}
+            types[f"i{index}"] = proto
+            constant = self.facts.constant(value) if self._is_small(value) else None
+            if constant is not None and constant.dtype.kind in "iufb":
+                data[f"i{index}"] = onnx.numpy_helper.from_array(constant)
+        try:
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, _bare_node(node), types, data, opset_imports=self.imports, ir_version=self.model.ir_version
+            )
+        except Exception as error:  # InferenceError is not exported under one stable name
+            self.facts.conflicts.append((node, str(error)))
+            return {}
+        shapes: dict[int, Shape] = {}
+        for index in range(len(node.outputs)):
+            proto = found.get(f"o{index}")
+            if proto is None or not proto.HasField("tensor_type"):
+                continue
+            if proto.tensor_type.elem_type:
+                self.facts.dtypes[node.outputs[index]] = ir.DataType(proto.tensor_type.elem_type)
+            if proto.tensor_type.HasField("shape"):
+                dimensions = proto.tensor_type.shape.dim
+                if all(dimension.HasField("dim_value") for dimension in dimensions):
+                    shapes[index] = tuple(dimension.dim_value for dimension in dimensions)
+        return shapes
+
+    def _is_small(self, value: ir.Value) -> bool:
+        shape = self.facts.shape(value)
+        return shape is not None and int(np.prod(shape)) <= MAXIMUM_CONSTANT_ELEMENTS
+
+    def _type(self, value: ir.Value) -> onnx.TypeProto | None:
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return None
+        dtype = self.facts.dtypes.get(value, value.dtype)
+        if dtype is None:
+            return None
+        return onnx.helper.make_tensor_type_proto(int(dtype), self.facts.shape(value))
+
+    def _control_flow(self, node: ir.Node) -> None:
+        """If: where the branches agree. Loop and Scan: the body once, for carried values whose shape is stable."""
+        graphs = {
+            name: attribute.as_graph() for name, attribute in node.attributes.items() if _holds_graphs(attribute)
+        }
+        if node.op_type == "If":
+            for graph in graphs.values():
+                self._graph(graph)
+            outputs = [[self.facts.shape(value) for value in graph.outputs] for graph in graphs.values()]
+            self._agree(node.outputs, outputs)
+            return
+        body = graphs.get("body")
+        if body is None:
+            return
+        self._bind_body(node, body)
+        self._graph(body)
+        found = [self.facts.shape(value) for value in body.outputs]
+        if node.op_type == "Loop":
+            carried = len(node.inputs) - 2
+            trip = self.facts.constant(node.inputs[0])
+            count = None if trip is None else int(np.asarray(trip).reshape(()))
+            stacked = [
+                None if shape is None or count is None else (count, *shape) for shape in found[1 + carried :]
+            ]
+            self._agree(node.outputs, [[*found[1 : 1 + carried], *stacked]])
+        elif node.op_type == "Scan":
+            scans = _integer(node, "num_scan_inputs") or 0
+            states = len(node.inputs) - scans
+            length = self.facts.shape(node.inputs[states]) if scans else None
+            stacked = [
+                None if shape is None or not length else (length[0], *shape) for shape in found[states:]
+            ]
+            self._agree(node.outputs, [[*found[:states], *stacked]])
+
+    def _bind_body(self, node: ir.Node, body: ir.Graph) -> None:
+        if node.op_type == "Loop":
+            sources: list[Shape | None] = [(), ()]
+            sources += [self.facts.shape(value) for value in node.inputs[2:]]
+        else:
+            scans = _integer(node, "num_scan_inputs") or 0
+            states = len(node.inputs) - scans
+            sources = [self.facts.shape(value) for value in node.inputs[:states]]
+            for value in node.inputs[states:]:
+                shape = self.facts.shape(value)
+                sources.append(None if shape is None else shape[1:])
+        for value, shape in zip(body.inputs, sources, strict=False):
+            if value.dtype is not None:
+                self.facts.dtypes[value] = value.dtype
+            if shape is not None:
+                self.facts.shapes[value] = shape
+
+    def _agree(self, values: Sequence[ir.Value], alternatives: Sequence[Sequence[Shape | None]]) -> None:
+        for index, value in enumerate(values):
+            shapes = {alternative[index] for alternative in alternatives if index < len(alternative)}
+            if len(shapes) == 1:
+                shape = shapes.pop()
+                if shape is not None:
+                    self.facts.shapes[value] = shape
+            if value not in self.facts.shapes:
+                declared = self._declared(value)
+                if declared is not None:
+                    self.facts.shapes[value] = declared
+
+
+def _holds_graphs(attribute: ir.Attr) -> bool:
+    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _integer(node: ir.Node, name: str) -> int | None:
+    attribute = node.attributes.get(name)
+    return None if attribute is None else attribute.as_int()
+
+
+def _constant_value(node: ir.Node) -> list[np.ndarray] | None:
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return [attribute.as_tensor().numpy()]
+        if name in ("value_int", "value_ints"):
+            return [np.array(attribute.value, np.int64)]
+        if name in ("value_float", "value_floats"):
+            return [np.array(attribute.value, np.float32)]
+    return None
+
+
+def _bare_node(node: ir.Node) -> onnx.NodeProto:
+    """The node as a proto with neutral operand names, so that names shared by accident cannot confuse inference."""
+    proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
+    proto.input.extend("" if value is None else f"i{index}" for index, value in enumerate(node.inputs))
+    proto.output.extend(f"o{index}" if value.name else "" for index, value in enumerate(node.outputs))
+    for attribute in node.attributes.values():
+        if not attribute.is_ref():
+            proto.attribute.append(ir.serde.serialize_attribute(attribute))
+    return proto
+
+
+def _untyped(name: str) -> onnx.ValueInfoProto:
+    return onnx.ValueInfoProto(name=name)
+
+
+def unsorted_nodes(graphs: Iterable[ir.Graph]) -> list[ir.Node]:
+    """Nodes that read a value of their own graph before it is produced."""
+    late: list[ir.Node] = []
+    for graph in graphs:
+        seen: set[ir.Value] = set()
+        for node in graph:
+            if any(
+                value is not None and value.producer() is not None and value.graph is graph and value not in seen
+                for value in node.inputs
+            ):
+                late.append(node)
+            seen.update(node.outputs)
+    return late

@@ -1,0 +1,164 @@
+"""onnxruntime sessions over an in-memory `onnx_ir.Model`, without a second copy of the weights in a file or proto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from graphopt.errors import DataError, GraphoptError, InvalidGraphError
+
+Feeds = Mapping[str, np.ndarray]
+"""One set of model inputs: input name to array."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""onnxruntime execution provider of each graphopt target."""
+
+_INLINE_BYTES = 1024
+"""Weights up to this size travel inside the proto: onnxruntime folds and fuses on small constants."""
+_TYPES_OF_ORT_VALUES = {
+    ir.DataType.FLOAT,
+    ir.DataType.DOUBLE,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.INT8,
+    ir.DataType.UINT8,
+    ir.DataType.INT16,
+    ir.DataType.UINT16,
+    ir.DataType.INT32,
+    ir.DataType.UINT32,
+    ir.DataType.INT64,
+    ir.DataType.UINT64,
+}
+
+
+class Session(onnxruntime.InferenceSession):
+    """An onnxruntime session that keeps the weights alive which it shares with the graph."""
+
+    weights: Sequence[Any] = ()
+
+    def run_feeds(self, feeds: Feeds) -> list[np.ndarray]:
+        """Run once and return every output. Raises `DataError` where the feeds do not fit the model."""
+        try:
+            return list(self.run(None, dict(feeds)))
+        except Exception as error:
+            raise DataError(
+                f"onnxruntime cannot run the model on these inputs: {_first_line(error)}",
+                where=", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in feeds.items()),
+                help="pass example inputs of the model's own shapes and dtypes (`args`, or `--input` on the command line)",
+            ) from error
+
+
+def open_session(
+    model: ir.Model,
+    *,
+    target: str = "cpu",
+    threads: int = 1,
+    optimized: bool = True,
+    extra_outputs: Iterable[str] = (),
+    optimized_model_path: str | None = None,
+) -> Session:
+    """Load a model into onnxruntime.
+
+    Args:
+        model: the graph; it is not changed, and its weights are shared, not copied into a proto first.
+        target: "cpu" or "cuda".
+        threads: intra-op threads, 0 for onnxruntime's own default (all cores).
+        optimized: False disables every graph optimisation of onnxruntime: the reference side of comparisons.
+        extra_outputs: names of main-graph values to return after the model's own outputs.
+        optimized_model_path: where onnxruntime is to write the graph as it will run it.
+
+    Raises:
+        InvalidGraphError: onnxruntime refuses the model; the message carries onnxruntime's reason.
+        GraphoptError: the target is unknown or its provider is not in this build of onnxruntime.
+
+    Example:
+        >>> model = ir.from_onnx_text(
+        ...     '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Relu(x) }')
+        >>> open_session(model).run(None, {"x": np.array([-1, 1], np.float32)})
+        [array([0., 1.], dtype=float32)]
+    """
+    options = session_options(threads=threads, optimized=optimized)
+    if optimized_model_path is not None:
+        options.optimized_model_filepath = optimized_model_path
+    proto, names, weights = _proto_and_weights(model, extra_outputs)
+    if names:
+        options.add_external_initializers(names, weights)
+    try:
+        session = Session(proto, options, providers=providers(target))
+    except Exception as error:
+        raise InvalidGraphError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}",
+            where=model.graph.name,
+            help="check the model with `graphopt inspect`, or export it again with a newer exporter",
+        ) from error
+    session.weights = weights
+    return session
+
+
+def session_options(*, threads: int, optimized: bool = True) -> onnxruntime.SessionOptions:
+    """onnxruntime options that every session of graphopt uses, silent and without thread spinning.
+
+    Spinning threads of one session slow the other one down when two are timed in turns.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    return options
+
+
+def providers(target: str) -> list[str]:
+    """Execution providers for a target, the CPU as the last resort for what the target cannot run."""
+    if target not in PROVIDERS:
+        raise GraphoptError(f"unknown target {target!r}", help=f"targets are {', '.join(sorted(PROVIDERS))}")
+    wanted = PROVIDERS[target]
+    if wanted not in onnxruntime.get_available_providers():
+        raise GraphoptError(
+            f"target {target!r} needs {wanted}, which this onnxruntime {onnxruntime.__version__} does not have",
+            help="install onnxruntime-gpu, or use target='cpu'",
+        )
+    return [wanted] if target == "cpu" else [wanted, PROVIDERS["cpu"]]
+
+
+def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[bytes, list[str], list[Any]]:
+    """The serialized graph without its large weights, and those weights as onnxruntime values."""
+    shell = model.clone()
+    values = {value.name: value for node in shell.graph for value in node.outputs}
+    for name in extra_outputs:
+        if name not in values:
+            raise GraphoptError(f"no value named {name!r} in the main graph", where=shell.graph.name)
+        if not values[name].is_graph_output():
+            shell.graph.outputs.append(values[name])
+    names: list[str] = []
+    weights: list[Any] = []
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype not in _TYPES_OF_ORT_VALUES:
+            continue
+        names.append(name)
+        weights.append(_ort_value(tensor))
+        value.const_value = ir.ExternalTensor(
+            "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+        )
+    return ir.to_proto(shell).SerializeToString(), names, weights
+
+
+def _ort_value(tensor: ir.TensorProtocol) -> Any:
+    array = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array.view(np.uint16), int(ir.DataType.BFLOAT16)
+        )
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,135 @@
+"""What a pass is (design.md D4): a frozen dataclass of options that rewrites an `onnx_ir.Model` in place.
+
+The contract only. A pass does not report on itself: whether it changed anything is measured by comparing the
+graph before and after. What it must say is what it *declined*, and why: one remark for every refusal.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir.fingerprint import fingerprint
+
+Feeds = Mapping[str, np.ndarray]
+"""One set of model inputs: input name to array."""
+
+
+class Semantics(enum.Enum):
+    """What a pass may do to the function that the graph computes."""
+
+    EXACT = "exact"
+    """Outputs stay equal bit by bit, or up to floating-point rounding."""
+    LOSSY = "lossy"
+    """Outputs change on purpose; by how much is measured and reported."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing that a pass declined or that the user should know.
+
+    Attributes:
+        kind: "missed" (a rewrite that was declined) or "note" (a fact worth knowing).
+        what: the rewrite or weight in question, for instance "fold BatchNormalization into Conv".
+        why: the reason, one clause.
+        where: name of the node or tensor.
+    """
+
+    kind: str
+    what: str
+    why: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.what}: {self.why}, at {self.where}"
+
+
+@dataclass
+class Context:
+    """What a pass may know besides its options and the graph.
+
+    Attributes:
+        target: "cpu" or "cuda", the onnxruntime provider that the result is for.
+        threads: intra-op threads of the sessions that a pass opens, 0 for onnxruntime's default.
+        sizes: number of elements of each symbolic dimension in the example inputs, by its name.
+        calibration: iterable of feeds that the user gave, re-iterable, or None when data-free.
+        remarks: filled by the passes.
+    """
+
+    target: str = "cpu"
+    threads: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    calibration: Any = None
+    remarks: list[Remark] = field(default_factory=list)
+
+    def missed(self, what: str, why: str, where: ir.Node | ir.Value | str) -> None:
+        """Record that a rewrite was declined."""
+        self.remarks.append(Remark("missed", what, why, _name(where)))
+
+    def note(self, what: str, why: str, where: ir.Node | ir.Value | str) -> None:
+        """Record a fact that the user should know."""
+        self.remarks.append(Remark("note", what, why, _name(where)))
+
+
+def _name(where: ir.Node | ir.Value | str) -> str:
+    if isinstance(where, str):
+        return where
+    if isinstance(where, ir.Node):
+        return where.name or (where.outputs[0].name if where.outputs else None) or where.op_type
+    return where.name or "?"
+
+
+@dataclass
+class RewriteResult(ir.passes.PassResult):
+    """An `onnx_ir` pass result with the remarks of the pass."""
+
+    remarks: tuple[Remark, ...] = ()
+
+
+class Pass(ir.passes.InPlacePass):
+    """Base of every pass: subclasses are frozen dataclasses, fields are options, class attributes the contract.
+
+    Class attributes:
+        name: kebab-case, the file name with dashes.
+        semantics: EXACT or LOSSY.
+        runs_after: names of passes that must come earlier when both are in one recipe.
+
+    A pass works alone (`FoldBatchnorm()(model)`), inside any `onnx_ir.passes.Sequential`, and under the
+    guard of `graphopt.pipeline`, which hands it a filled `Context`.
+    """
+
+    name: ClassVar[str]
+    semantics: ClassVar[Semantics]
+    runs_after: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def rewrite(self, model: ir.Model, context: Context) -> None:
+        """Rewrite `model` in place; leave one remark in `context` for each refusal."""
+
+    def run(self, model: ir.Model, context: Context) -> RewriteResult:
+        """`rewrite` under `context`, with the remarks and the measured change of this run."""
+        before, first_remark = fingerprint(model), len(context.remarks)
+        self.rewrite(model, context)
+        remarks = tuple(context.remarks[first_remark:])
+        return RewriteResult(model, modified=fingerprint(model) != before, remarks=remarks)
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        """Run with default knowledge: CPU target, no data, default sizes."""
+        return self.run(model, Context())
+
+    def options(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of each option, in declaration order."""
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            yield option.name, getattr(self, option.name)
+
+    def __str__(self) -> str:
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}  # type: ignore[arg-type]
+        changed = [f"{name}={value!r}" for name, value in self.options() if value != defaults[name]]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
