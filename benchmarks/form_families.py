@@ -109,7 +109,17 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Form]]] = {
         "x * tanh(softplus(x))",
         {
             "softplus-tanh-mul": Form("a = Softplus(x) b = Tanh(a) y = Mul(x, b)"),
-            "exp-log form": Form("e = Exp(x) o = Add(e, one) l = Log(o) b = Tanh(l) y = Mul(x, b)", constants=_SCALARS),
+            "tanh(log(1 + exp))": Form(
+                "e = Exp(x) o = Add(e, one) l = Log(o) b = Tanh(l) y = Mul(x, b)", constants=_SCALARS
+            ),
+            "sigmoid, rational": Form(
+                "n = Neg(x) s = Sigmoid(n) t = Mul(s, s) f = Sub(one, t) g = Add(one, t) r = Div(f, g) y = Mul(x, r)",
+                constants=_SCALARS,
+            ),
+            "sigmoid, tanh(-log)": Form(
+                "n = Neg(x) s = Sigmoid(n) l = Log(s) h = Neg(l) r = Tanh(h) y = Mul(x, r)",
+                constants=_SCALARS,
+            ),
             "Mish": Form("y = Mish(x)", opset=22),
         },
     ),
@@ -219,7 +229,6 @@ def _attention(about: str, tokens: int, heads: int, width: int, kv_heads: int, m
         "scale on product": Form(
             f"{split}{keys_direct} r = MatMul(qh, kt) s = Mul(r, scale) {add}{end}", constants=shapes
         ),
-        "scale in weights": Form(f"{split}{keys_direct} s = MatMul(qh, kt) {add}{end}", constants=shapes),
         "Attention 3-D, opset 23": Form(flat, 23, shapes),
         "Attention 3-D, opset 24": Form(flat, 24, shapes),
         "Attention 4-D, opset 23": Form(four, 23, shapes),
@@ -271,4 +280,149 @@ FAMILIES |= {
     "attention-bert": _attention("BERT-base self-attention, added mask", 128, 12, 64, 12, "add"),
     "attention-llama": _attention("LLaMA-like grouped-query attention, constant mask", 128, 16, 64, 4, "causal"),
     "attention-llama-add": _attention("LLaMA-like grouped-query attention, mask input", 128, 16, 64, 4, "add"),
+}
+
+
+_NORM_CONSTANTS = (
+    "int64[1] last = {-1}, float eps = {1e-5}, float two = {2}, float minus_half = {-0.5}, float half = {0.5}"
+)
+_LAYER_NORM = {
+    "Pow, Sqrt, Div (torch)": Form(
+        "a = ReduceMean(x, last) d = Sub(x, a) e = Pow(d, two) v = ReduceMean(e, last) f = Add(v, eps) s = Sqrt(f) "
+        "n = Div(d, s) m = Mul(n, w) y = Add(m, b)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "Mul, Reciprocal, two-term (keras)": Form(
+        "a = ReduceMean(x, last) d = Sub(x, a) e = Mul(d, d) v = ReduceMean(e, last) f = Add(v, eps) s = Sqrt(f) "
+        "r = Reciprocal(s) g = Mul(r, w) p = Mul(x, g) h = Mul(a, g) q = Sub(b, h) y = Add(p, q)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "LayerNormalization": Form("y = LayerNormalization<epsilon=1e-5>(x, w, b)"),
+}
+_RMS_NORM = {
+    "Pow, Sqrt, Reciprocal (torch)": Form(
+        "e = Pow(x, two) v = ReduceMean(e, last) f = Add(v, eps) s = Sqrt(f) r = Reciprocal(s) n = Mul(x, r) "
+        "y = Mul(n, w)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "weight first (HF)": Form(
+        "e = Pow(x, two) v = ReduceMean(e, last) f = Add(v, eps) s = Sqrt(f) r = Reciprocal(s) n = Mul(x, r) "
+        "y = Mul(w, n)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "Sqrt, Div": Form(
+        "e = Pow(x, two) v = ReduceMean(e, last) f = Add(v, eps) s = Sqrt(f) n = Div(x, s) y = Mul(n, w)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "Mul, Pow -0.5": Form(
+        "e = Mul(x, x) v = ReduceMean(e, last) f = Add(v, eps) r = Pow(f, minus_half) n = Mul(x, r) y = Mul(n, w)",
+        constants=_NORM_CONSTANTS,
+    ),
+    "RMSNormalization (opset 23)": Form("y = RMSNormalization<epsilon=1e-5>(x, w)", 23),
+}
+_GROUPS = "int64[3] flat = {0, 8, -1}, int64[4] full = {1, 64, 28, 28}, int64[3] norm = {1, 8, 6272}"
+_GROUP_NORM = {
+    "InstanceNormalization (torch)": Form(
+        "f = Reshape(x, flat) i = InstanceNormalization<epsilon=1e-5>(f, ones, zeros) r = Reshape(i, full) "
+        "m = Mul(r, w) y = Add(m, b)",
+        constants=f"{_GROUPS}, float[8] ones = {{1,1,1,1,1,1,1,1}}, float[8] zeros = {{0,0,0,0,0,0,0,0}}",
+    ),
+    "LayerNormalization over groups": Form(
+        "f = Reshape(x, flat) i = LayerNormalization<epsilon=1e-5>(f, g) r = Reshape(i, full) m = Mul(r, w) "
+        "y = Add(m, b)",
+        constants=_GROUPS,
+    ),
+    "GroupNormalization (opset 21)": Form(
+        "y = GroupNormalization<epsilon=1e-5, num_groups=8>(x, w1, b1)", constants=_GROUPS
+    ),
+}
+_TOKENS = (1, 197, 384)
+FAMILIES |= {
+    "layer-norm": Family(
+        f"LayerNorm over the last axis of {list(_TOKENS)}",
+        {"x": _TOKENS},
+        _TOKENS,
+        _LAYER_NORM,
+        {"w": (384,), "b": (384,)},
+    ),
+    "rms-norm": Family(
+        f"RMSNorm over the last axis of {list(_TOKENS)}", {"x": _TOKENS}, _TOKENS, _RMS_NORM, {"w": (384,)}
+    ),
+    "group-norm": Family(
+        "GroupNorm, 8 groups of [1,64,28,28]",
+        {"x": (1, 64, 28, 28)},
+        (1, 64, 28, 28),
+        _GROUP_NORM,
+        {"w": (64, 1, 1), "b": (64, 1, 1), "w1": (64,), "b1": (64,), "g": (6272,)},
+    ),
+}
+
+
+def _encoder_layer(about: str, tokens: int, heads: int, width: int, *, opset: int, fused: bool) -> Form:
+    """A pre-norm encoder layer, with or without the Attention op: what the opset and the op cost in context."""
+    size = heads * width
+    constants = (
+        f"int64[4] qs = {{1,{tokens},{heads},{width}}}, int64[3] os = {{1,{tokens},{size}}}, "
+        f"float scale = {{{width**-0.5}}}"
+    )
+    attention = (
+        f"c = Attention<q_num_heads={heads}, kv_num_heads={heads}, scale={width**-0.5}>(q, k, v)"
+        if fused
+        else "q0 = Reshape(q, qs) qh = Transpose<perm=[0,2,1,3]>(q0) k0 = Reshape(k, qs) v0 = Reshape(v, qs) "
+        "kt = Transpose<perm=[0,2,3,1]>(k0) vh = Transpose<perm=[0,2,1,3]>(v0) r = MatMul(qh, kt) s = Mul(r, scale) "
+        "p = Softmax<axis=-1>(s) h = MatMul(p, vh) o = Transpose<perm=[0,2,1,3]>(h) c = Reshape(o, os)"
+    )
+    return Form(
+        "n = LayerNormalization(x, g1, b1) qm = MatMul(n, wq) q = Add(qm, bq) km = MatMul(n, wk) k = Add(km, bk) "
+        f"vm = MatMul(n, wv) v = Add(vm, bv) {attention} om = MatMul(c, wo) ob = Add(om, bo) x1 = Add(x, ob) "
+        "n1 = LayerNormalization(x1, g2, b2) um = MatMul(n1, wu) u = Add(um, bu) a = Gelu(u) dm = MatMul(a, wd) "
+        "d = Add(dm, bd) y = Add(x1, d)",
+        opset,
+        constants,
+    )
+
+
+def _encoder(tokens: int, heads: int, width: int) -> Family:
+    size = heads * width
+    vectors = dict.fromkeys(("g1", "b1", "g2", "b2", "bq", "bk", "bv", "bo", "bd"), (size,))
+    matrices = dict.fromkeys(("wq", "wk", "wv", "wo"), (size, size))
+    forms = {
+        f"{'Attention' if fused else 'primitives'}, opset {opset}": _encoder_layer(
+            "", tokens, heads, width, opset=opset, fused=fused
+        )
+        for opset, fused in ((21, False), (23, False), (23, True), (24, True))
+    }
+    return Family(
+        f"encoder layer, {tokens} tokens, {heads} heads of {width}",
+        {"x": (1, tokens, size)},
+        (1, tokens, size),
+        forms,
+        vectors | matrices | {"bu": (4 * size,), "wu": (size, 4 * size), "wd": (4 * size, size)},
+    )
+
+
+FAMILIES |= {"encoder-vit": _encoder(197, 6, 64), "encoder-bert": _encoder(128, 12, 64)}
+
+
+def _convolutions(opset: int) -> Form:
+    """A small residual network: whether onnxruntime's convolution fusions know the operators of an opset."""
+    return Form(
+        "a = Conv<pads=[1,1,1,1]>(x, w1, b1) r = Relu(a) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r) "
+        "c = Conv<pads=[1,1,1,1]>(p, w2, b1) d = Add(c, p) e = Relu(d) f = Conv(e, w3, b1) "
+        "h = HardSigmoid(f) g = GlobalAveragePool(h) y = Flatten(g)",
+        opset,
+    )
+
+
+FAMILIES |= {
+    "attention-long": _attention("long self-attention, no mask", 1024, 6, 64, 6, None),
+    "attention-short": _attention("short self-attention, added mask", 16, 12, 64, 12, "add"),
+    "attention-tiny": _attention("tiny self-attention, no mask", 50, 3, 16, 3, None),
+    "opset-conv": Family(
+        "small residual network [1,32,56,56]",
+        {"x": (1, 32, 56, 56)},
+        (1, 32),
+        {f"opset {opset}": _convolutions(opset) for opset in (21, 22, 23, 24)},
+        {"w1": (32, 32, 3, 3), "w2": (32, 32, 3, 3), "w3": (32, 32, 1, 1), "b1": (32,)},
+    ),
 }

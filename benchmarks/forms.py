@@ -72,6 +72,8 @@ def build_model(family: Family, form: Form) -> ir.Model:
             shape = family.weights[value.name]
             array = (random.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
             model.graph.inputs.remove(value)
+            if not value.uses():
+                continue
             value.const_value = ir.tensor(array, name=value.name)
             model.graph.register_initializer(value)
     return model

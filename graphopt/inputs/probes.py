@@ -1,13 +1,13 @@
 """Inputs made up for a model that came without data: as close to what it expects as its graph tells.
 
-What an input is (image, sound, token ids, mask ...) is read off its type, its shape, the embedding table that it
-indexes, and, last, its name. Whatever is guessed can be stated: see `InputSpec`.
+What an input is (image, sound, token ids, mask ...) is read off its type, its shape, the embedding table that
+it indexes, and, last, its name. Whatever is guessed can be stated: see `InputSpec`.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +22,12 @@ KINDS = ("image", "audio", "gaussian", "tokens", "mask", "integer")
 
 _COLOURS = (1, 3, 4)
 _IMAGE_CLIP = 2.7
-"""Standardised images end about here: 0 and 255 are -2.1 and 2.6 standard deviations away from ImageNet's mean."""
+"""Standardised images end about here: 0 and 255 lie 2.1 below and 2.6 standard deviations above ImageNet's mean."""
 _INTEGER_HIGH = 8
 """One above the largest integer given to an input of which nothing is known."""
 _AUDIO_WORDS = ("audio", "wav", "waveform", "speech", "signal")
 _CACHE_WORDS = ("past", "key", "value", "cache", "state", "hidden")
-_INDEX_PRESERVING = {
+_KEEPS_INDICES = {
     "Cast",
     "Reshape",
     "Unsqueeze",
@@ -213,8 +213,8 @@ def _is_expression(name: str) -> bool:
 
 
 def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """Value of a dimension that the exporter wrote as a sum or product of others; 16 where it is anything else."""
-    operations = {
+    """Value of a dimension that the exporter wrote as a sum or product of others; 16 for anything else."""
+    operations: dict[type[ast.operator], Callable[[int, int], int]] = {
         ast.Add: lambda a, b: a + b,
         ast.Sub: lambda a, b: a - b,
         ast.Mult: lambda a, b: a * b,
@@ -241,7 +241,7 @@ def _probe(
 ) -> np.ndarray:
     if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
         raise DataError(
-            f"inputs cannot be made up for input {value.name!r}: {value.type or 'no type'}, shape {value.shape}",
+            f"inputs cannot be made up for input {value.name!r}: {value.type}, {value.shape}",
             help="pass example inputs",
         )
     shape = _concrete(value, sizes)
@@ -320,7 +320,7 @@ def _float_probe(
 
 
 def _moments(spec: InputSpec) -> tuple[float, float]:
-    """Mean and standard deviation, from the stated range where only that is known (a quarter of it each side)."""
+    """Mean and standard deviation, from the stated range where only that is known: its middle and a quarter."""
     if spec.low is not None and spec.high is not None:
         mean, std = (spec.low + spec.high) / 2, (spec.high - spec.low) / 4
     else:
@@ -355,7 +355,7 @@ def _index_limit(value: ir.Value) -> int | None:
                 size = None if table is None or table.shape is None else table.shape[axis]
                 if isinstance(size, int):
                     limits.append(size)
-            elif node.op_type in _INDEX_PRESERVING and index == 0 and node.outputs[0] not in seen:
+            elif node.op_type in _KEEPS_INDICES and index == 0 and node.outputs[0] not in seen:
                 seen.add(node.outputs[0])
                 waiting.append(node.outputs[0])
     return min(limits, default=None)

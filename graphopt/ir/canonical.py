@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnx_ir.passes import PassError
 
-from graphopt.errors import InvalidGraphError
+from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.propagate import DEFAULT_SIZE, Facts, propagate, symbolic_dimensions
@@ -43,7 +42,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
         >>> [node.op_type for node in canonicalize(model).graph]
         ['Shape', 'Reshape', 'Relu']
     """
-    _sort(model)
+    sort_nodes(model)
     _clean(
         model,
         common.InlinePass(),
@@ -55,8 +54,8 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     lift_opset(model)
     _clean(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     _drop_training_mode(model)
-    facts = fold_static_sizes(model, sizes)
-    write_defaults_out(model, facts)
+    fold_static_sizes(model, sizes)
+    write_defaults_out(model, infer_shapes(model, sizes))
     _clean(
         model,
         common.IdentityEliminationPass(),
@@ -64,20 +63,16 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )
-    _sort(model)
+    sort_nodes(model)
     _name_nodes(model)
-    infer_shapes(model, sizes)
     return model
 
 
-def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Facts:
+def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
     """Replace every small value that two probes of the symbolic dimensions agree on by an initializer.
 
     Values computed from float weights are left alone: folding them would tear the weight from its name before
     pruning. Weights that a ConstantOfShape stands for are written out.
-
-    Returns:
-        What the first probe knows about the graph, valid for the values that remain.
     """
     first, second = _two_probes(model, sizes)
     for graph in model.graphs():
@@ -86,16 +81,15 @@ def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -
                 array = _static_value(value, first, second)
                 if array is not None and value.uses() and not value.is_graph_output():
                     _replace_by_initializer(model.graph, value, array)
-                    facts_of_new = value.meta.pop("graphopt.replaced_by")
-                    first.shapes[facts_of_new] = array.shape
     common.RemoveUnusedNodesPass()(model)
-    return first
 
 
 def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | None:
     if value in first.constants and value in second.constants and value not in first.from_weights:
         a, b = first.constants[value], second.constants[value]
-        same = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        same = (
+            a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        )
         return a if same else None
     node = value.producer()
     if node is not None and node.op_type == "ConstantOfShape" and node.domain == "":
@@ -125,7 +119,6 @@ def _replace_by_initializer(graph: ir.Graph, value: ir.Value, array: np.ndarray)
     folded.shape, folded.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(folded)
     value.replace_all_uses_with(folded)
-    value.meta["graphopt.replaced_by"] = folded
 
 
 def _two_probes(model: ir.Model, sizes: Mapping[str, int] | None) -> tuple[Facts, Facts]:
@@ -193,7 +186,11 @@ def _drop_training_mode(model: ir.Model) -> None:
                 node.resize_inputs(1)
                 note(model, f"Dropout {node.name!r} was exported in training mode and is now inactive")
             mask = node.outputs[1] if len(node.outputs) > 1 else None
-            if (mask is None or not mask.uses()) and not node.outputs[0].is_graph_output() and node.inputs[0] is not None:
+            if (
+                (mask is None or not mask.uses())
+                and not node.outputs[0].is_graph_output()
+                and node.inputs[0] is not None
+            ):
                 node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
@@ -202,15 +199,6 @@ def note(model: ir.Model, sentence: str) -> None:
     notes = model.meta.setdefault(NOTES, [])
     if sentence not in notes:
         notes.append(sentence)
-
-
-def _sort(model: ir.Model) -> None:
-    try:
-        common.TopologicalSortPass()(model)
-    except (PassError, ValueError) as error:
-        raise InvalidGraphError(
-            f"the graph has a cycle: {error}", where=model.graph.name, help="export the model again"
-        ) from error
 
 
 def _clean(model: ir.Model, *passes: ir.passes.InPlacePass) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx_ir.passes import PassError
 
 from graphopt.errors import InvalidGraphError
 from graphopt.ir.session import open_session
@@ -26,7 +29,9 @@ def check_structure(model: ir.Model) -> None:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise InvalidGraphError(
-            f"the graph is not valid ONNX: {_summary(error)}", where=model.graph.name, help="export the model again"
+            f"the graph is not valid ONNX: {_summary(error)}",
+            where=model.graph.name,
+            help="export the model again",
         ) from error
     try:
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
@@ -39,6 +44,34 @@ def check_structure(model: ir.Model) -> None:
                 where=model.graph.name,
                 help="export the model again",
             ) from refused
+
+
+def sort_nodes(model: ir.Model) -> None:
+    """Sort nodes in place so that each stands behind what it reads. Raises `InvalidGraphError` for a cycle."""
+    try:
+        common.TopologicalSortPass()(model)
+    except (PassError, ValueError) as error:
+        raise InvalidGraphError(
+            f"the graph has a cycle: {_summary(error)}", where=model.graph.name, help="export the model again"
+        ) from error
+
+
+def unsorted_nodes(graphs: Iterable[ir.Graph]) -> list[ir.Node]:
+    """Nodes that read a value of their own graph before it is produced."""
+    late: list[ir.Node] = []
+    for graph in graphs:
+        seen: set[ir.Value] = set()
+        for node in graph:
+            if any(
+                value is not None
+                and value.producer() is not None
+                and value.graph is graph
+                and value not in seen
+                for value in node.inputs
+            ):
+                late.append(node)
+            seen.update(node.outputs)
+    return late
 
 
 def declared_proto(model: ir.Model) -> onnx.ModelProto:

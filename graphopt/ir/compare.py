@@ -168,9 +168,7 @@ def compare(
     )
 
 
-def reference_outputs(
-    model: ir.Model, inputs: Sequence[Mapping[str, np.ndarray]]
-) -> list[list[np.ndarray]]:
+def reference_outputs(model: ir.Model, inputs: Sequence[Mapping[str, np.ndarray]]) -> list[list[np.ndarray]]:
     """Outputs of a model for each set of inputs, onnxruntime's graph optimisations disabled."""
     session = open_session(model, optimized=False)
     return [session.run_feeds(feeds) for feeds in inputs]

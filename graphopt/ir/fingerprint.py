@@ -57,5 +57,8 @@ def fingerprint(model: ir.Model) -> Fingerprint:
             tuple((name, identity(value.const_value)) for name, value in graph.initializers.items()),
         )
 
-    state = (tuple(sorted(model.opset_imports.items())), tuple(graph_state(graph) for graph in model.graphs()))
+    state = (
+        tuple(sorted(model.opset_imports.items())),
+        tuple(graph_state(graph) for graph in model.graphs()),
+    )
     return Fingerprint(state, tuple(alive))

@@ -12,10 +12,13 @@ from google.protobuf.message import DecodeError
 
 from graphopt.errors import InvalidGraphError, LoadError
 from graphopt.ir.canonical import canonicalize
-from graphopt.ir.check import check_structure
+from graphopt.ir.check import check_structure, sort_nodes, unsorted_nodes
 from graphopt.ir.opset import check_opset
 
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
+
+_SMALL_WEIGHT = 1024
+"""Bytes up to which an external tensor is read at once."""
 
 
 def load(source: Source, *, sizes: Mapping[str, int] | None = None) -> ir.Model:
@@ -45,9 +48,14 @@ def load(source: Source, *, sizes: Mapping[str, int] | None = None) -> ir.Model:
 
 
 def read(source: Source) -> ir.Model:
-    """Read a model as it is, without checks on its graph and without canonical form."""
+    """Read a model as it is but for the order of its nodes, without canonical form.
+
+    Raises:
+        LoadError: as `load`.
+        InvalidGraphError: the graph has a cycle, or is so malformed that it cannot be held in memory.
+    """
     if isinstance(source, ir.Model):
-        return source.clone()
+        return _clone(source)
     if isinstance(source, onnx.ModelProto):
         return _from_proto(source, "ModelProto", None)
     if isinstance(source, bytes):
@@ -56,7 +64,9 @@ def read(source: Source) -> ir.Model:
     if not path.exists():
         raise LoadError("there is no such file", where=str(path), help="check the path")
     if path.is_dir():
-        raise LoadError("this is a directory, not an ONNX file", where=str(path), help="name the .onnx file in it")
+        raise LoadError(
+            "this is a directory, not an ONNX file", where=str(path), help="name the .onnx file in it"
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -87,10 +97,32 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many types on malformed protos
-        raise InvalidGraphError(f"the model is malformed: {error}", where=where, help="export it again") from error
+        raise InvalidGraphError(
+            f"the model is malformed: {error}", where=where, help="export it again"
+        ) from error
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
+        _load_small_weights(model)
+    sort_nodes(model)
     return model
+
+
+def _load_small_weights(model: ir.Model) -> None:
+    """Read small external tensors into memory: shape constants must be at hand, large weights stay mapped."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL_WEIGHT:
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _clone(model: ir.Model) -> ir.Model:
+    """A copy that shares the tensors. onnx_ir clones sorted graphs only, others go through a proto."""
+    if not unsorted_nodes(model.graphs()):
+        return model.clone()
+    copy = ir.from_proto(ir.to_proto(model))
+    sort_nodes(copy)
+    return copy
 
 
 def _check_external_data(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:

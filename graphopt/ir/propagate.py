@@ -8,7 +8,7 @@ constants that shape arithmetic produces. What two choices of the symbols (two p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,9 @@ def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
     return tuple(shape)
 
 
-def propagate(model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None) -> Facts:
+def propagate(
+    model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None
+) -> Facts:
     """Infer concrete shapes and known constants, node by node, subgraphs included.
 
     Args:
@@ -166,7 +168,9 @@ class _Propagation:
 
     def _node(self, node: ir.Node) -> None:
         facts = self.facts
-        if any(value in facts.from_weights for value in node.inputs if value is not None) and node.op_type not in (
+        if any(
+            value in facts.from_weights for value in node.inputs if value is not None
+        ) and node.op_type not in (
             "Shape",
             "Size",
         ):
@@ -212,7 +216,11 @@ class _Propagation:
             return False
         for value in known:
             shape = facts.shape(value)
-            if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS or facts.constant(value) is None:
+            if (
+                shape is None
+                or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS
+                or facts.constant(value) is None
+            ):
                 return False
         if node.op_type in ("ConstantOfShape", "Expand", "Tile", "Range"):
             self._shapes(node)
@@ -275,7 +283,9 @@ class _Propagation:
         """Shapes that `onnx.shape_inference` finds for the outputs of one node, by output index."""
         version = self.opsets.get(node.domain)
         try:
-            schema = onnx.defs.get_schema(node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain)
+            schema = onnx.defs.get_schema(
+                node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain
+            )
         except onnx.defs.SchemaError:
             return {}
         types: dict[str, onnx.TypeProto] = {}
@@ -292,7 +302,12 @@ class _Propagation:
                 data[f"i{index}"] = onnx.numpy_helper.from_array(constant)
         try:
             found = onnx.shape_inference.infer_node_outputs(
-                schema, _bare_node(node), types, data, opset_imports=self.imports, ir_version=self.model.ir_version
+                schema,
+                _bare_node(node),
+                types,
+                data,
+                opset_imports=self.imports,
+                ir_version=self.model.ir_version,
             )
         except Exception as error:  # InferenceError is not exported under one stable name
             self.facts.conflicts.append((node, str(error)))
@@ -325,7 +340,9 @@ class _Propagation:
     def _control_flow(self, node: ir.Node) -> None:
         """If: where the branches agree. Loop and Scan: the body once, for carried values whose shape is stable."""
         graphs = {
-            name: attribute.as_graph() for name, attribute in node.attributes.items() if _holds_graphs(attribute)
+            name: attribute.as_graph()
+            for name, attribute in node.attributes.items()
+            if _holds_graphs(attribute)
         }
         if node.op_type == "If":
             for graph in graphs.values():
@@ -419,18 +436,3 @@ def _bare_node(node: ir.Node) -> onnx.NodeProto:
 
 def _untyped(name: str) -> onnx.ValueInfoProto:
     return onnx.ValueInfoProto(name=name)
-
-
-def unsorted_nodes(graphs: Iterable[ir.Graph]) -> list[ir.Node]:
-    """Nodes that read a value of their own graph before it is produced."""
-    late: list[ir.Node] = []
-    for graph in graphs:
-        seen: set[ir.Value] = set()
-        for node in graph:
-            if any(
-                value is not None and value.producer() is not None and value.graph is graph and value not in seen
-                for value in node.inputs
-            ):
-                late.append(node)
-            seen.update(node.outputs)
-    return late

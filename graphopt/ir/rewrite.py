@@ -6,7 +6,7 @@ clones, unique names). It knows no rewrite and no operator besides Constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +30,7 @@ class DeclinedError(Exception):
 
 
 Rule = Callable[["Rewriter", ir.Node], bool]
-"""One local rewrite: True when it changed the graph, False where it does not apply, `DeclinedError` for a near miss."""
+"""One local rewrite: True when it changed the graph, False where it does not apply, raises for a near miss."""
 
 Missed = Callable[[str, str, "ir.Node | ir.Value | str"], None]
 """`Context.missed`: what, why, where."""
@@ -57,7 +57,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """`constant_tensor` as an array of its own dtype (bfloat16 by ml_dtypes), or None. Never write into it."""
+    """`constant_tensor` as an array of its own dtype (ml_dtypes for bfloat16), or None. Read only."""
     tensor = constant_tensor(value)
     return None if tensor is None else tensor.numpy()
 
@@ -125,7 +125,7 @@ def require_sole_consumer(value: ir.Value, node: ir.Node) -> None:
 
 
 def to_tensor(array: np.ndarray, dtype: ir.DataType) -> ir.Tensor:
-    """A new tensor of `dtype`. Raises `DeclinedError` where rounding to `dtype` made a finite value infinite."""
+    """A new tensor of `dtype`. Raises `DeclinedError` where a number is not finite in `dtype`."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         cast = np.ascontiguousarray(array.astype(dtype.numpy()))
     if dtype in FLOATING and not np.isfinite(cast.astype(np.float64)).all():
@@ -183,7 +183,7 @@ class Rewriter:
             missed(what, why, where)
 
     def unique_name(self, wanted: str) -> str:
-        """`wanted`, or `wanted` with the first number that makes it new in the model and all its subgraphs."""
+        """`wanted`, or `wanted` with the first number that makes it new in the model, subgraphs included."""
         if self._names is None:
             self._names = {name for name in map(_name_of, _all_values(self.model)) if name}
         name, number = wanted, 1
@@ -229,23 +229,47 @@ class Rewriter:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         *,
-        attributes: dict[str, int | float | str | Sequence[int]] | None = None,
         like: ir.Value,
+        suffix: str,
+        attributes: Mapping[str, int | float | str | Sequence[int]] | None = None,
         outputs: int = 1,
     ) -> ir.Node:
-        """A new node behind `after`; its outputs have fresh names and the element type of `like`."""
+        """A new node behind `after`; its outputs are named `like` + `suffix` and have the type of `like`."""
         base = like.name or after.name or op_type
-        results = [
-            ir.Value(name=self.unique_name(f"{base}/{op_type.lower()}"), type=like.type) for _ in range(outputs)
-        ]
+        names = [self.unique_name(f"{base}_{suffix}") for _ in range(outputs)]
+        results = [ir.Value(name=name, type=like.type) for name in names]
         node = ir.node(op_type, list(inputs), attributes=attributes or {}, outputs=results)
-        node.name = self.unique_name(results[0].name or op_type)
+        node.name = self.unique_name(f"{base}_{op_type}")
         node.metadata_props.update(after.metadata_props)
         _graph_of(after).insert_after(after, node)
         return node
 
+    def interpose(self, value: ir.Value, node: ir.Node) -> None:
+        """Put `node`, which reads `value`, between `value` and all its other readers, graph outputs included.
+
+        The output of `node` takes the name, type and shape of `value`, which gets the name of that output.
+        """
+        result = node.outputs[0]
+        for use in tuple(value.uses()):
+            if use.node is not node:
+                use.node.replace_input_with(use.idx, result)
+        graph = _graph_of(node)
+        for index, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[index] = result
+        result.name, value.name = value.name, result.name
+        result.type, result.shape = value.type, value.shape
+
+    def redirect(self, node: ir.Node, index: int, value: ir.Value) -> None:
+        """Make `node` read `value`; what computes the operand it read before goes when nothing else reads it."""
+        old = node.inputs[index]
+        node.replace_input_with(index, value)
+        producer = None if old is None else old.producer()
+        if producer is not None:
+            discard_if_dead(producer)
+
     def supersede(self, old: ir.Value, new: ir.Value) -> None:
-        """Let `new` stand for `old` everywhere: uses, graph output, name, type and shape.
+        """Let `new` stand for `old` everywhere: uses, graph output, name, type, shape and `meta`.
 
         `new` must be the result of a node of the same graph that is not itself a graph output and has no
         further readers besides the nodes that the caller is about to remove. The producer of `old` is removed
@@ -255,7 +279,10 @@ class Rewriter:
         name = old.name
         if old.type is not None:
             new.type = old.type
-        new.shape = old.shape
+        if old.shape is not None:
+            new.shape = old.shape
+        new.meta.clear()  # what was known of the value that `new` computed before no longer holds
+        new.meta.update(old.meta)
         producer = old.producer()
         old.name = None
         new.name = name
@@ -284,24 +311,31 @@ class Rewriter:
 
 
 def discard_if_dead(node: ir.Node) -> bool:
-    """Remove `node` and the constants that only it read, when nothing reads its outputs. True if removed."""
+    """Remove `node` when nothing reads its outputs, and then what only it read. True if removed."""
     if node.graph is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
         return False
-    inputs = [value for value in node.inputs if value is not None]
-    node.graph.remove(node, safe=True)
-    for value in inputs:
-        discard_if_unread(value)
+    pending = [node]
+    while pending:
+        dead = pending.pop()
+        if dead.graph is None or any(output.uses() or output.is_graph_output() for output in dead.outputs):
+            continue
+        inputs = [value for value in dead.inputs if value is not None]
+        dead.graph.remove(dead, safe=True)
+        pending.extend(source for value in inputs if (source := value.producer()) is not None)
+        for value in inputs:
+            discard_if_unread(value)
     return True
 
 
 def discard_if_unread(value: ir.Value) -> None:
-    """Remove a constant that nothing reads any more; other values stay (dead code is another pass's work)."""
+    """Remove an initializer, or the Constant node behind `value`, that nothing reads any more."""
     if value.uses() or value.is_graph_output() or value.is_graph_input():
         return
+    producer = value.producer()
     if value.is_initializer() and value.graph is not None and value.name:
         value.graph.initializers.pop(value.name, None)
-    elif is_op(value.producer(), "Constant"):
-        discard_if_dead(value.producer())  # type: ignore[arg-type]
+    elif producer is not None and is_op(producer, "Constant"):
+        discard_if_dead(producer)
 
 
 def set_attributes(node: ir.Node, **attributes: int | float | str | Sequence[int] | None) -> None:

@@ -13,13 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.fingerprint import fingerprint
-
-Feeds = Mapping[str, np.ndarray]
-"""One set of model inputs: input name to array."""
 
 
 class Semantics(enum.Enum):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from graphopt.ir.ops.families import MICROSOFT, elements, uncounted
+from graphopt.ir.ops.families import MICROSOFT, elements
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
 
@@ -99,10 +99,7 @@ ROWS: tuple[OpRow, ...] = (
         shape=partial(convolution_shape, weight=3),
         quantization=(1, 2, 4, 5, 6, 7),
     ),
-    OpRow("ConvTransposeWithDynamicPads", domain=MICROSOFT, structural=(2,), cost=transposed_convolution_macs),
-    # Its layout of states and kernels follows `ndim`, `channels_last` and `state_window`, which changed between
-    # releases; WordConvEmbedding convolves a run-time number of characters.
-    *uncounted(
-        "CausalConvWithState", "VarlenCausalConvWithState", "WordConvEmbedding", domain=MICROSOFT
+    OpRow(
+        "ConvTransposeWithDynamicPads", domain=MICROSOFT, structural=(2,), cost=transposed_convolution_macs
     ),
 )

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from graphopt.ir.ops.row import Shape, Site
 
 Indices = tuple[str, ...]
-"""Index names of an operand's axes: letters, and "...k" for the k-th broadcast axis counted from the right."""
+"""Index names of an operand's axes: letters, and "...k" for the k-th broadcast axis from the right."""
 
 
 def einsum_macs(site: Site) -> int:
     """Product of all index extents (2 operands); more operands: summed over pairs, left to right.
 
-    One operand is a permutation, diagonal or sum: 0. With three or more, operands are contracted two at a time from
-    the left, as onnxruntime does, and every index that no later operand and not the output needs is summed at once.
+    One operand is a permutation, diagonal or sum: 0. With three or more, operands are contracted two at a
+    time from the left, and every index that neither a later operand nor the output needs is summed at once.
 
     Example:
         "bqd,bkd->bqk" on [2, 3, 5] and [2, 4, 5] costs 2 * 3 * 4 * 5 = 120.
@@ -41,7 +41,8 @@ def parse_equation(equation: str, shapes: Sequence[Shape]) -> tuple[list[Indices
 
     Args:
         equation: for instance "...ij,jk->...ik".
-        shapes: concrete shape of each operand; only the ranks are read, to see how many axes "..." stands for.
+        shapes: concrete shape of each operand; only the ranks are read, to see how many axes "..." stands
+        for.
     """
     inputs, arrow, explicit = equation.replace(" ", "").partition("->")
     operands = [

@@ -77,9 +77,10 @@ def broadcasting(
 
 
 def uncounted(*names: str, domain: str = "", structural: tuple[int, ...] = ()) -> tuple[OpRow, ...]:
-    """Rows of ops that do contract operands but whose number of MACs is not known: they are listed as unknown.
+    """Rows of ops that multiply and accumulate an unknown number of times: cost lists them as unknown.
 
-    The call says why: the number depends on the algorithm, on run-time values, or on a layout only a GPU has.
+    The comment at the call says why it is unknown. An op of another domain needs no such row: no row means
+    the same.
     """
     return tuple(OpRow(name, domain=domain, structural=structural, cost=None) for name in names)
 

@@ -5,17 +5,16 @@ A product costs output elements x length of the contracted axis; a bias, `alpha`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from graphopt.ir.ops.einsum import einsum_macs
-from graphopt.ir.ops.families import MICROSOFT, broadcast, elements, uncounted
-from graphopt.ir.ops.row import OpRow, Shape, Site
+from graphopt.ir.ops.families import MICROSOFT, broadcast, elements
+from graphopt.ir.ops.row import CostRule, OpRow, Shape, ShapeRule, Site
 
 
-def matmul_macs(site: Site, left: int = 0) -> int:
+def matmul_macs(site: Site) -> int:
     """Output elements x last axis of A, numpy's `matmul` (1-D and batched operands included)."""
-    return elements(site.output_shape()) * site.input_shape(left)[-1]
+    return elements(site.output_shape()) * site.input_shape(0)[-1]
 
 
 def gemm_macs(site: Site) -> int:
@@ -33,9 +32,9 @@ def fixed_weight_macs(site: Site) -> int:
     return elements(site.input_shape(0)) * int(site.attribute("N"))
 
 
-def matmul_shape(site: Site, left: int = 0, right: int = 1) -> list[Shape]:
+def matmul_shape(site: Site, right: int = 1) -> list[Shape]:
     """Shape of numpy's `matmul`."""
-    return [_product(site.input_shape(left), site.input_shape(right))]
+    return [_product(site.input_shape(0), site.input_shape(right))]
 
 
 def gemm_shape(site: Site, right: int = 1) -> list[Shape]:
@@ -73,14 +72,24 @@ def _oriented(site: Site, index: int, letter: str) -> Shape:
     return shape
 
 
-def _contributed(
-    names: tuple[str, ...],
-    cost: Callable[[Site], int],
-    shape: Callable[[Site], list[Shape]],
+def _products(
+    *names: str,
+    cost: CostRule = matmul_macs,
+    shape: ShapeRule = matmul_shape,
     quantization: tuple[int, ...] = (),
+    structural: tuple[int, ...] = (),
 ) -> tuple[OpRow, ...]:
+    """Rows of onnxruntime's own products, for which `onnx.shape_inference` has no schema."""
     return tuple(
-        OpRow(name, domain=MICROSOFT, cost=cost, shape=shape, quantization=quantization) for name in names
+        OpRow(
+            name,
+            domain=MICROSOFT,
+            structural=structural,
+            cost=cost,
+            shape=shape,
+            quantization=quantization,
+        )
+        for name in names
     )
 
 
@@ -90,29 +99,27 @@ ROWS: tuple[OpRow, ...] = (
     OpRow("Einsum", cost=einsum_macs),
     OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3)),
     OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7)),
-    *_contributed(
-        ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul"), fused_matmul_macs, fused_matmul_shape
+    *_products("GemmFastGelu", "MatMulInteger16"),
+    *_products("DynamicQuantizeMatMul", quantization=(2, 3)),
+    *_products("MatMulIntegerToFloat", quantization=(2, 3, 4, 5)),
+    *_products("QOrderedMatMul", shape=partial(matmul_shape, right=2), quantization=(1, 3, 4, 7)),
+    *_products(
+        "FusedMatMul",
+        "FusedMatMulActivation",
+        "TransposeMatMul",
+        cost=fused_matmul_macs,
+        shape=fused_matmul_shape,
     ),
-    *_contributed(("FusedGemm", "SparseToDenseMatMul"), gemm_macs, gemm_shape),
-    *_contributed(("GemmFloat8",), gemm_macs, gemm_shape, quantization=(3, 4, 5)),
-    *_contributed(("QGemm",), gemm_macs, partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8)),
-    *_contributed(("GemmFastGelu", "MatMulInteger16"), matmul_macs, matmul_shape),
-    *_contributed(("DynamicQuantizeMatMul",), matmul_macs, matmul_shape, quantization=(2, 3)),
-    *_contributed(("MatMulIntegerToFloat",), matmul_macs, matmul_shape, quantization=(2, 3, 4, 5)),
-    *_contributed(
-        ("QOrderedMatMul",), matmul_macs, partial(matmul_shape, right=2), quantization=(1, 3, 4, 7)
+    *_products("FusedGemm", "SparseToDenseMatMul", cost=gemm_macs, shape=gemm_shape),
+    *_products("GemmFloat8", cost=gemm_macs, shape=gemm_shape, quantization=(3, 4, 5)),
+    *_products("QGemm", cost=gemm_macs, shape=partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8)),
+    # Input 4 maps a row of the weight to its block.
+    *_products(
+        "MatMulNBits",
+        cost=fixed_weight_macs,
+        shape=fixed_weight_shape,
+        quantization=(2, 3),
+        structural=(4,),
     ),
-    *_contributed(("MatMulNBits",), fixed_weight_macs, fixed_weight_shape, quantization=(2, 3)),
-    *_contributed(("MatMulBnb4",), fixed_weight_macs, fixed_weight_shape, quantization=(2,)),
-    # Weight layouts of GPU kernels that no file documents: N cannot be read off the packed weight.
-    *uncounted(
-        "MatMulFpQ4",
-        "MatMulBlockQuantizedFp4Weight",
-        "MatMulBlockQuantizedFp8Weight",
-        "MatMulNBitsMlp",
-        "MatMulNBitsQkv",
-        domain=MICROSOFT,
-    ),
-    # As many experts run as the router chooses at run time, and `swiglu_fusion` changes the layout of the first.
-    *uncounted("MoE", "QMoE", domain=MICROSOFT),
+    *_products("MatMulBnb4", cost=fixed_weight_macs, shape=fixed_weight_shape, quantization=(2,)),
 )

@@ -1,4 +1,4 @@
-"""Rows of pooling and of region sampling. All cost 0 MACs: a mean or a maximum over a window is no contraction."""
+"""Rows of pooling and region sampling: 0 MACs, because the mean or maximum of a window is no contraction."""
 
 from __future__ import annotations
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from graphopt.ir.ops.families import MICROSOFT, elements, uncounted
+from graphopt.ir.ops.families import MICROSOFT, elements
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
 
 def recurrent_macs(site: Site) -> int:
     """Time steps x batch x (elements of W + elements of R).
 
-    W is [directions, gates * hidden, input] and R [directions, gates * hidden, hidden] (ONNX LSTM, GRU and RNN 7,
-    14, 22). X is [time, batch, input], or [batch, time, input] with layout 1: the product is the same.
+    W is [directions, gates * hidden, input] and R [directions, gates * hidden, hidden] (ONNX LSTM, GRU and
+    RNN 7, 14, 22). X is [time, batch, input], or [batch, time, input] with layout 1: the product is the same.
     """
     return elements(site.input_shape(0)[:2]) * (elements(site.input_shape(1)) + elements(site.input_shape(2)))
 
@@ -39,6 +39,4 @@ ROWS: tuple[OpRow, ...] = (
         cost=recurrent_macs,
         shape=partial(recurrent_shape, states=2),
     ),
-    # Runs an attention over a memory of run-time length at every step; onnxruntime has dropped it from most builds.
-    *uncounted("AttnLSTM", domain=MICROSOFT),
 )

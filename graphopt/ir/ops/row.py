@@ -66,9 +66,9 @@ class UnknownShapeError(Exception):
 CostRule = Callable[[Site], int]
 """Multiply-accumulate operations (MACs) of one run of the node, subgraphs not counted.
 
-MACs count the products of *linear* operators: every term of a contraction of two operands (convolution, matrix
-product, attention product, recurrence) is one, border padding included. Everything else (elementwise, normalisation,
-pooling, interpolation, softmax) is 0 by convention: its price is the bytes that it moves.
+MACs count the products of *linear* operators: every term of a contraction of two operands (convolution,
+matrix product, attention product, recurrence) is one, border padding included. Everything else (elementwise,
+normalisation, pooling, interpolation, softmax) is 0 by convention: its price is the bytes that it moves.
 A rule reads shapes, attributes, and constants of `structural` inputs only.
 """
 ShapeRule = Callable[[Site], Sequence[Shape]]
@@ -131,7 +131,7 @@ class OpTable:
             versions = by_operator.setdefault((row.domain, row.op_type), {})
             if row.since in versions:
                 raise GraphoptError(
-                    f"two rows for operator {row.domain or 'ai.onnx'}::{row.op_type} since version {row.since}",
+                    f"two rows for {row.domain or 'ai.onnx'}::{row.op_type} since version {row.since}",
                     help="merge them into one row, or give one of them another `since`",
                 )
             versions[row.since] = row

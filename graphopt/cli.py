@@ -1,0 +1,243 @@
+"""The command line: the public calls, one command each. Exit codes: 0 done, 1 target missed, 2 bad input or usage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from graphopt.errors import DataError, GraphoptError, TargetMissedError
+
+application = typer.Typer(
+    name="graphopt",
+    help="Make trained networks faster and smaller in onnxruntime, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_output = Console(highlight=False, soft_wrap=True)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="the ONNX file")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"
+    ),
+]
+Threads = Annotated[
+    int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)
+]
+Target = Annotated[str, typer.Option(help="cpu or cuda")]
+
+
+@application.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show the Python traceback of errors")] = False,
+) -> None:
+    context.obj = {"debug": debug}
+
+
+@application.command()
+def optimize(
+    model: ModelPath,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.onnx", help="where the result goes")],
+    recipe: Annotated[str, typer.Option(help="default, exact, int8, or a TOML file")] = "default",
+    inputs: Inputs = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="calibration: .npy/.npz whose axis 0 counts samples, or a folder of such files",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="how far outputs may move, relative to their scale")
+    ] = None,
+    target: Target = "cpu",
+    threads: Threads = 1,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="write the report there as JSON")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write the graph diff there")] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no report")] = False,
+) -> None:
+    """Optimize an ONNX model and write the result with its proof."""
+    from graphopt.export.write import write_text
+    from graphopt.ir.diff import diff
+    from graphopt.optimize import optimize as run
+
+    data = None if calibration is None else _calibration(calibration)
+    example = None if inputs is None else _arrays(inputs)
+    result = run(
+        model,
+        example,
+        recipe=recipe,
+        target=target,
+        calibration=data,
+        tolerance=tolerance,
+        threads=threads,
+        quiet=quiet or as_json,
+    )
+    result.save(output)
+    if report is not None:
+        write_text(json.dumps(result.report.to_json(), indent=2), report)
+    if html is not None:
+        write_text(diff(result.original, result.model).to_html(), html)
+    if not quiet:
+        _show(result.report, as_json)
+    if result.report.missed:
+        raise TargetMissedError(
+            "a target was missed: " + "; ".join(result.report.missed),
+            where=str(output),
+            help="the file holds the best model within the budget; loosen the target or give calibration data",
+        )
+
+
+@application.command()
+def inspect(model: ModelPath, inputs: Inputs = None, as_json: AsJson = False) -> None:
+    """Show inputs, outputs, opset, operators with counts and MACs, largest weights, dynamic dimensions."""
+    from graphopt.export.inspect import inspect as run
+
+    _show(run(model, None if inputs is None else _arrays(inputs)), as_json)
+
+
+@application.command()
+def diff(
+    before: ModelPath,
+    after: ModelPath,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="write one self-contained page")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what changed between two models, equal changes collapsed."""
+    from graphopt.export.write import write_text
+    from graphopt.ir.diff import diff as run
+    from graphopt.ir.load import read
+
+    found = run(read(before), read(after))
+    if html is not None:
+        write_text(found.to_html(), html)
+    _show(found, as_json)
+
+
+@application.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="A.onnx B.onnx ...", help="models with the same inputs")
+    ],
+    inputs: Inputs = None,
+    seconds: Annotated[float, typer.Option(help="about how long to measure", min=0.1)] = 5.0,
+    threads: Threads = 1,
+    target: Target = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Time models in turns and print how many times faster each is than the first."""
+    from graphopt.export.benchmark import benchmark
+    from graphopt.ir.load import read
+    from graphopt.optimize import example_feeds
+
+    loaded = [read(path) for path in models]
+    feeds = None if inputs is None else example_feeds(loaded[0], _arrays(inputs), None)
+    names = [path.name for path in models]
+    _show(
+        benchmark(*loaded, inputs=feeds, names=names, seconds=seconds, threads=threads, target=target),
+        as_json,
+    )
+
+
+@application.command()
+def verify(
+    reference: ModelPath,
+    candidate: ModelPath,
+    inputs: Inputs = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="largest error allowed; default: rounding of an exact rewrite")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the outputs of two models; exit code 1 where they differ by more than the tolerance."""
+    from graphopt.export.verify import verify as run
+
+    verdict = run(reference, candidate, None if inputs is None else _arrays(inputs), tolerance)
+    _show(verdict, as_json)
+    if not verdict.passed:
+        raise TargetMissedError(
+            f"outputs differ by {verdict.comparison.error:.2e} of their scale",
+            where=f"{reference} and {candidate}",
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `graphopt` command. Turns every `GraphoptError` into a message and an exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        application(given, standalone_mode=True)
+    except TargetMissedError as error:
+        sys.exit(_report(error, given, 1))
+    except GraphoptError as error:
+        sys.exit(_report(error, given, 2))
+
+
+def _report(error: GraphoptError, arguments: list[str], code: int) -> int:
+    if "--debug" in arguments:
+        raise error
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+    return code
+
+
+def _show(thing: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(thing.to_json(), indent=2) + "\n")
+    else:
+        _output.print(thing)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:
+    """Arrays of an .npz by name, or the one array of an .npy. Pickled objects are refused."""
+    return _read(path, lambda: np.load(path, allow_pickle=False))
+
+
+def _read(path: Path, reader: Callable[[], Any]) -> Any:
+    try:
+        loaded = reader()
+        return {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else loaded
+    except FileNotFoundError as error:
+        raise DataError("there is no such file", where=str(path)) from error
+    except (OSError, ValueError, EOFError, IsADirectoryError) as error:
+        raise DataError(
+            f"these are not NumPy arrays: {str(error).splitlines()[0]}",
+            where=str(path),
+            help="write them with numpy.save or numpy.savez, without pickled objects",
+        ) from error
+
+
+def _calibration(path: Path) -> list[Any]:
+    """One item a sample: axis 0 of each array counts samples; a folder is read file by file, in name order."""
+    files = sorted(path.glob("*.np[yz]")) if path.is_dir() else [path]
+    if not files:
+        raise DataError("the folder holds no .npy or .npz file", where=str(path))
+    samples: list[Any] = []
+    for file in files:
+        loaded = _arrays(file)
+        arrays = loaded if isinstance(loaded, dict) else {"": loaded}
+        counts = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise DataError(
+                "axis 0 of the arrays must count samples, the same number in each and at least one",
+                where=str(file),
+            )
+        for index in range(counts.pop()):
+            item = {name: array[index : index + 1] for name, array in arrays.items()}
+            samples.append(item if isinstance(loaded, dict) else item[""])
+    return samples

@@ -1,0 +1,297 @@
+"""What an optimization did, as records, as JSON and as a table. Holds figures; measures nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.export.benchmark import Benchmark, Latency
+from graphopt.ir.compare import Comparison
+from graphopt.passes.contract import Remark
+
+APPLIED, UNCHANGED, ROLLED_BACK = "applied", "unchanged", "rolled back"
+_SHOWN_REMARKS = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How big a graph is.
+
+    Attributes:
+        nodes: nodes, subgraphs included.
+        parameters: elements of its weights.
+        macs: multiply-accumulate operations of one run at the example sizes.
+        weight_bytes: bytes of its weights.
+    """
+
+    nodes: int
+    parameters: int
+    macs: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the pipeline: the input, the canonical form, or a pass.
+
+    Attributes:
+        name: pass name, or "(input)", "(canonical)".
+        status: "applied", "unchanged" or "rolled back".
+        reason: why it was rolled back, with figures, else None.
+        size: of the graph as it stands after the step; of the rejected graph where it was rolled back.
+        latency: of that graph, None where it was not measured (unchanged).
+        speed: how many times faster than the input, None where it was not measured.
+        error: outputs against those of the input, see `graphopt.ir.compare`; None where not compared.
+        metric: the user's metric, None where it was not evaluated.
+        seconds: wall-clock time of the pass and its checks.
+        remarks: what the pass declined and noted.
+    """
+
+    name: str
+    status: str
+    size: Size
+    reason: str | None = None
+    latency: Latency | None = None
+    speed: float | None = None
+    error: Comparison | None = None
+    metric: float | None = None
+    seconds: float = 0.0
+    remarks: tuple[Remark, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "reason": self.reason,
+            **vars(self.size),
+            "latency_ms": None if self.latency is None else vars(self.latency),
+            "speed": self.speed,
+            "error": None if self.error is None else self.error.to_json(),
+            "metric": self.metric,
+            "seconds": self.seconds,
+            "remarks": [vars(remark) for remark in self.remarks],
+        }
+
+
+@dataclass(frozen=True)
+class WeightFate:
+    """What became of one weight of the input.
+
+    Attributes:
+        name: initializer name in the canonical graph.
+        status: "changed" or "declined".
+        by: the passes that changed it, in order.
+        reason: why nothing changed it.
+        before: dtype and shape before, for instance "FLOAT[64,3,7,7]".
+    """
+
+    name: str
+    status: str
+    by: tuple[str, ...]
+    reason: str | None
+    before: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The proof: every step with its figures, the totals, and what became of each weight.
+
+    Attributes:
+        source: what was optimized, for instance the file name.
+        recipe: recipe name.
+        target: "cpu" or "cuda".
+        threads: intra-op threads of all timings, 0 for onnxruntime's default.
+        data: where inputs came from, for instance "data-free" or "256 calibration inputs".
+        steps: the stages in order.
+        final: the input and the result timed once more in turns, the totals' speed.
+        error: outputs of the result against those of the input.
+        weights: what became of each weight.
+        notes: sentences about how the model was read.
+        missed: targets that were asked for and not met, each a sentence; empty when all is well.
+    """
+
+    source: str
+    recipe: str
+    target: str
+    threads: int
+    data: str
+    steps: tuple[Step, ...]
+    final: Benchmark | None
+    error: Comparison | None
+    weights: tuple[WeightFate, ...] = ()
+    notes: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def speed(self) -> float:
+        """How many times faster the result is than the input, measured in turns at the end."""
+        return self.final.speeds[-1].median if self.final is not None else 1.0
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """The remarks of all steps."""
+        return tuple(remark for step in self.steps for remark in step.remarks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dumps`; infinities become None."""
+        document = {
+            "source": self.source,
+            "recipe": self.recipe,
+            "target": self.target,
+            "threads": self.threads,
+            "data": self.data,
+            "speed": self.speed,
+            "steps": [step.to_json() for step in self.steps],
+            "final": None if self.final is None else self.final.to_json(),
+            "error": None if self.error is None else self.error.to_json(),
+            "weights": [{**vars(weight), "by": list(weight.by)} for weight in self.weights],
+            "notes": list(self.notes),
+            "missed": list(self.missed),
+            "environment": self.environment,
+        }
+        finite: dict[str, Any] = _finite(document)
+        json.dumps(finite, allow_nan=False)
+        return finite
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=120, color_system=None, force_terminal=False).print(self)
+        return stream.getvalue().rstrip("\n")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        threads = (
+            f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else "default threads"
+        )
+        title = f"graphopt · {self.source} · recipe {self.recipe} · {self.target} ({threads}) · {self.data}"
+        yield Text(title, style="bold")
+        yield self._steps_table()
+        yield Group(*(Text(line, style=style) for line, style in self._closing_lines()))
+
+    def _steps_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("#", justify="right")
+        table.add_column("pass", no_wrap=True)
+        for heading in ("nodes", "", "params", "MACs", "size", "ms", "±", "x", "error", "metric", "s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        previous: Step | None = None
+        unchanged = [step.name for step in self.steps if step.status == UNCHANGED]
+        for number, step in enumerate(self.steps):
+            if step.status == UNCHANGED:
+                continue
+            change = (
+                "" if previous is None else f"{step.size.nodes - previous.size.nodes:+d}".replace("+0", "=")
+            )
+            style = "yellow" if step.status == ROLLED_BACK else None
+            name = step.name if step.status != ROLLED_BACK else f"{step.name} (rolled back)"
+            table.add_row(str(number), name, str(step.size.nodes), change, *_figures(step), style=style)
+            if step.status != ROLLED_BACK:
+                previous = step
+        if unchanged:
+            table.caption = f"nothing to do: {', '.join(unchanged)}"
+            table.caption_justify = "left"
+        return table
+
+    def _closing_lines(self) -> list[tuple[str, str]]:
+        lines: list[tuple[str, str]] = []
+        for step in self.steps:
+            if step.status == ROLLED_BACK:
+                lines.append((f"   {step.name} rolled back: {step.reason}", "yellow"))
+        if self.final is not None:
+            first, last = self.steps[0], self._last_kept()
+            speed = self.final.speeds[-1]
+            error = "" if self.error is None else f", error {_error(self.error)}"
+            metric = (
+                f", metric {first.metric:.4g} -> {last.metric:.4g}"
+                if first.metric is not None and last.metric is not None
+                else ""
+            )
+            lines.append(
+                (
+                    f"   total: {speed.median:.2f} x faster ({speed.low:.2f} to {speed.high:.2f}, "
+                    f"{self.final.rounds} interleaved rounds), "
+                    f"{_bytes(first.size.weight_bytes)} -> {_bytes(last.size.weight_bytes)}{error}{metric}",
+                    "bold green" if not self.missed else "bold",
+                )
+            )
+        changed = sum(weight.status == "changed" for weight in self.weights)
+        if self.weights:
+            declined = Counter(weight.reason or "" for weight in self.weights if weight.status == "declined")
+            lines.append((f"   weights: {changed} changed, {len(self.weights) - changed} declined", ""))
+            lines += [
+                (f"     {count} declined: {reason}", "dim") for reason, count in declined.most_common(4)
+            ]
+        lines += self._remark_lines()
+        lines += [(f"   note: {sentence}", "dim") for sentence in self.notes]
+        lines += [(f"   target missed: {sentence}", "bold red") for sentence in self.missed]
+        return lines
+
+    def _remark_lines(self) -> list[tuple[str, str]]:
+        by_reason = Counter((remark.kind, remark.what, remark.why) for remark in self.remarks)
+        lines = [
+            (f"   {kind} {what}: {why}" + (f" ({count} places)" if count > 1 else ""), "dim")
+            for (kind, what, why), count in by_reason.most_common(_SHOWN_REMARKS)
+        ]
+        if len(by_reason) > _SHOWN_REMARKS:
+            lines.append(
+                (
+                    f"   {len(by_reason) - _SHOWN_REMARKS} more kinds of remarks in report.remarks and --json",
+                    "dim",
+                )
+            )
+        return lines
+
+    def _last_kept(self) -> Step:
+        return next(step for step in reversed(self.steps) if step.status != ROLLED_BACK)
+
+
+def _figures(step: Step) -> Sequence[str]:
+    latency = step.latency
+    return (
+        _count(step.size.parameters),
+        _count(step.size.macs),
+        _bytes(step.size.weight_bytes),
+        "-" if latency is None else f"{latency.median:.3g}",
+        "-" if latency is None else f"{latency.spread:.0%}",
+        "-" if step.speed is None else f"{step.speed:.2f}",
+        "-" if step.error is None else _error(step.error),
+        "-" if step.metric is None else f"{step.metric:.4g}",
+        f"{step.seconds:.1f}",
+    )
+
+
+def _error(comparison: Comparison) -> str:
+    return f"{comparison.error:.1e}" if comparison.error else "0"
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number} B"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) != float("inf") and value == value else None  # noqa: PLR0124
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value

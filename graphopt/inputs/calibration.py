@@ -1,0 +1,226 @@
+"""The user's data, one sample at a time: checked against the model, named by input, iterable again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import DataError
+from graphopt.inputs.probes import model_inputs
+
+RECORDED_BYTES = 512 * 1024 * 1024
+"""How much of a one-pass source (a generator) is kept in memory so that it can be read again."""
+
+
+class Calibration:
+    """Feeds made from whatever iterable the user has. Iterating it yields `dict[str, np.ndarray]`.
+
+    An item is one set of inputs: an array (or anything with `.numpy()` or `__array__`, torch tensors included)
+    for a model of one input, a tuple or list with one array an input in the order of the model's inputs, or a
+    mapping from input name to array. What an item means is never guessed: a pair (x, y) from a labelled data set
+    is refused with the way out, not cut.
+
+    A source that can be iterated again (a list, a DataLoader) is streamed: nothing is kept. A one-pass source
+    (a generator) is recorded while it is first read, up to `RECORDED_BYTES`.
+
+    Attributes:
+        samples: number of samples of the last complete pass: sizes of axis 0 summed over the items (1 for an
+            item whose arrays have no axis 0); None before the first pass.
+        notes: what had to be changed to fit, for instance a cast from float64 to float32; one line each.
+
+    Example:
+        >>> model = ir.from_onnx_text(
+        ...     '<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] x) => (float[n, 2] y) { y = Relu(x) }')
+        >>> data = Calibration(model, [np.zeros((4, 2), np.float32), {"x": np.ones((3, 2), np.float32)}])
+        >>> [feeds["x"].shape for feeds in data]
+        [(4, 2), (3, 2)]
+        >>> data.samples
+        7
+    """
+
+    def __init__(self, model: ir.Model, source: Iterable[Any], *, limit: int | None = None) -> None:
+        """Wrap `source` for `model`.
+
+        Args:
+            model: its inputs are what every item must fit.
+            source: iterable of items.
+            limit: read at most this many items.
+
+        Raises:
+            DataError: `source` is not iterable, or is one array or mapping rather than an iterable of items.
+        """
+        if isinstance(source, (Mapping, str, bytes)) or _is_array(source):
+            raise DataError(
+                f"calibration is one {type(source).__name__}, not an iterable of inputs",
+                help="pass a list with one entry for each set of inputs, for instance [x]",
+            )
+        if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+            raise DataError(f"calibration is not iterable: {type(source).__name__}", help="pass a list of inputs")
+        self._inputs = tuple(model_inputs(model))
+        self._source: Iterable[Any] = source
+        self._limit = limit
+        self._one_pass = isinstance(source, Iterator)
+        self._recorded: list[dict[str, np.ndarray]] | None = None
+        self._started = False
+        self.samples: int | None = None
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """One pass over the data.
+
+        Raises:
+            DataError: an item does not fit the model (which item and which input is said), there is no item, or
+                a one-pass source is asked for a second pass that was not recorded.
+        """
+        if self._recorded is not None:
+            yield from self._recorded
+            return
+        if self._one_pass and self._started:
+            raise DataError(
+                "the calibration data was a one-pass iterator and has already been read in part",
+                help="pass something that can be iterated again: a list, a DataLoader, an object with __iter__",
+            )
+        self._started = True
+        yield from self._first_pass() if self._one_pass else self._stream()
+
+    def _stream(self) -> Iterator[dict[str, np.ndarray]]:
+        samples = items = 0
+        for index, item in enumerate(self._items()):
+            feeds = self._fit(item, index)
+            samples += _rows(feeds)
+            items += 1
+            yield feeds
+        if items == 0:
+            raise DataError(
+                "the calibration data is empty",
+                help="pass at least one set of inputs, or none at all (calibration=None) to go data-free",
+            )
+        self.samples = samples
+
+    def _first_pass(self) -> Iterator[dict[str, np.ndarray]]:
+        recorded: list[dict[str, np.ndarray]] = []
+        kept = 0
+        for feeds in self._stream():
+            kept += sum(array.nbytes for array in feeds.values())
+            if kept > RECORDED_BYTES:
+                raise DataError(
+                    f"the calibration data is a one-pass iterator of more than {RECORDED_BYTES >> 20} MiB",
+                    help="pass something that can be iterated again: a list, a DataLoader, an object with __iter__",
+                )
+            recorded.append(feeds)
+            yield feeds
+        self._recorded = recorded
+
+    def _items(self) -> Iterator[Any]:
+        for index, item in enumerate(self._source):
+            if index == self._limit:
+                return
+            yield item
+
+    def _fit(self, item: Any, index: int) -> dict[str, np.ndarray]:
+        """One item as feeds, every array checked against its input."""
+        where = f"calibration item {index}"
+        names = [value.name or "" for value in self._inputs]
+        named: Mapping[str, Any]
+        if isinstance(item, Mapping):
+            named = item
+            missing, unknown = [n for n in names if n not in item], [str(n) for n in item if n not in names]
+            if missing or unknown:
+                problem = f"lacks input {missing[0]!r}" if missing else f"has an unknown input {unknown[0]!r}"
+                raise DataError(f"the item {problem}", where=where, help=f"the inputs are {', '.join(names)}")
+        elif isinstance(item, (tuple, list)):
+            if len(item) != len(names):
+                raise DataError(
+                    f"the item has {len(item)} entries, the model has {len(names)} inputs ({', '.join(names)})",
+                    where=where,
+                    help="give one array an input, without labels: for (x, y) pairs pass `[x for x, y in data]`",
+                )
+            named = dict(zip(names, item, strict=True))
+        elif len(names) == 1:
+            named = {names[0]: item}
+        else:
+            raise DataError(
+                f"the item is one {type(item).__name__}, the model has {len(names)} inputs",
+                where=where,
+                help=f"give a tuple in this order, or a dict with these names: {', '.join(names)}",
+            )
+        return {value.name or "": self._array(named[value.name or ""], value, where) for value in self._inputs}
+
+    def _array(self, given: Any, value: ir.Value, item: str) -> np.ndarray:
+        where = f"{item}, input {value.name!r}"
+        array = as_array(given, where)
+        if value.dtype is not None and array.dtype != value.dtype.numpy():
+            array = self._cast(array, value, value.dtype.numpy(), where)
+        shape = value.shape
+        if shape is None:
+            return array
+        fits = array.ndim == len(shape) and all(
+            not isinstance(expected, int) or expected == found
+            for expected, found in zip(shape, array.shape, strict=False)
+        )
+        if not fits:
+            added = array.ndim + 1 == len(shape)
+            raise DataError(
+                f"the shape is {list(array.shape)}, the model takes {shape}",
+                where=where,
+                help="add the batch axis: x[None]" if added else "give arrays of the model's own shape",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError("the array holds NaN or infinity", where=where, help="leave such items out")
+        return array
+
+    def _cast(self, array: np.ndarray, value: ir.Value, wanted: np.dtype[Any], where: str) -> np.ndarray:
+        """The array in the model's dtype, where nothing but float precision is lost by it."""
+        floats = value.dtype is not None and value.dtype.is_floating_point() and array.dtype.kind == "f"
+        if floats or np.can_cast(array.dtype, wanted, "safe") and array.dtype.kind == wanted.kind:
+            note = f"input {value.name!r}: cast from {array.dtype} to {wanted}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return array.astype(wanted)
+        if array.dtype.kind in "iu" and wanted.kind in "iu" and _integers_fit(array, wanted):
+            return array.astype(wanted)
+        raise DataError(
+            f"the dtype is {array.dtype}, the model takes {wanted}",
+            where=where,
+            help=f"convert and scale it as the model expects, for instance x.astype(np.{wanted})",
+        )
+
+
+def as_array(given: Any, where: str = "input") -> np.ndarray:
+    """A NumPy array of anything array-like: torch tensors on any device too, without importing torch.
+
+    Raises:
+        DataError: it is not array-like, or holds objects.
+    """
+    if not isinstance(given, np.ndarray):
+        for step in ("detach", "cpu"):
+            if hasattr(given, step) and hasattr(given, "numpy"):
+                given = getattr(given, step)()
+        try:
+            given = given.numpy() if hasattr(given, "numpy") else np.asarray(given)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"not an array: {error}", where=where, help="give NumPy arrays or tensors") from error
+    array = np.asarray(given)
+    if array.dtype == object:
+        raise DataError(
+            f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors"
+        )
+    return array
+
+
+def _is_array(source: Any) -> bool:
+    return hasattr(source, "__array__") or (hasattr(source, "numpy") and hasattr(source, "shape"))
+
+
+def _integers_fit(array: np.ndarray, wanted: np.dtype[Any]) -> bool:
+    limits = np.iinfo(wanted)
+    return array.size == 0 or bool(array.min() >= limits.min and array.max() <= limits.max)
+
+
+def _rows(feeds: Mapping[str, np.ndarray]) -> int:
+    """Number of samples in one set of inputs: the size of axis 0 of the first array that has one."""
+    sizes: Sequence[int] = [array.shape[0] for array in feeds.values() if array.ndim]
+    return sizes[0] if sizes else 1

@@ -1,0 +1,34 @@
+"""Rows of the ops that reduce, scan or rank along axes, and of the losses that inference graphs may carry."""
+
+from __future__ import annotations
+
+from graphopt.ir.ops.families import MICROSOFT, unary, uncounted
+from graphopt.ir.ops.row import OpRow, Shape, Site
+
+
+def reduced_shape(site: Site) -> list[Shape]:
+    """Input 0 with the axes of attribute `axes` (all where absent) set to 1, or dropped with keepdims 0."""
+    shape = site.input_shape(0)
+    axes = {axis % len(shape) for axis in site.attribute("axes") or range(len(shape))}
+    if site.attribute("keepdims", 1):
+        return [tuple(1 if axis in axes else size for axis, size in enumerate(shape))]
+    return [tuple(size for axis, size in enumerate(shape) if axis not in axes)]
+
+
+def scalar_shape(site: Site) -> list[Shape]:
+    """A scalar."""
+    return [()]
+
+
+ROWS: tuple[OpRow, ...] = (
+    *unary("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", structural=(1,)),
+    *unary("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare", structural=(1,)),
+    *unary("ArgMax", "ArgMin"),
+    *unary("CumSum", "CumProd", "TopK", structural=(1,)),
+    *unary("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
+    # A determinant is an elimination, whose count is the implementation's.
+    *uncounted("Det"),
+    *unary("ReduceSumInteger", domain=MICROSOFT, shape=reduced_shape),
+    *unary("QLinearReduceMean", domain=MICROSOFT, shape=reduced_shape, quantization=(1, 2, 3, 4)),
+    *unary("IsAllFinite", domain=MICROSOFT, shape=scalar_shape),
+)

@@ -1,0 +1,119 @@
+"""Rows of the ops that move, select, repeat or describe elements without computing on them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt.ir.ops.families import MICROSOFT, elements, no_macs, unary
+from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
+
+
+def affine_grid_macs(site: Site) -> int:
+    """Output elements x columns of theta."""
+    return elements(site.output_shape()) * site.input_shape(0)[-1]
+
+
+def required_constant(site: Site, index: int) -> np.ndarray:
+    """The value of input `index`. Raises `UnknownShapeError` where the output's shape waits for run time."""
+    value = site.constants[index] if index < len(site.constants) else None
+    if value is None:
+        raise UnknownShapeError(site.node, f"output 0, which input {index} sets at run time,")
+    return value
+
+
+def compress_shape(site: Site) -> list[Shape]:
+    """Input 0 with as many positions along `axis` as the condition holds true (flattened without axis)."""
+    shape, axis = site.input_shape(0), site.attribute("axis")
+    condition = required_constant(site, 1)
+    if axis is None:
+        return [(int(np.count_nonzero(condition[: elements(shape)])),)]
+    kept = int(np.count_nonzero(condition[: shape[axis]]))
+    axis %= len(shape)
+    return [(*shape[:axis], kept, *shape[axis + 1 :])]
+
+
+def one_hot_shape(site: Site) -> list[Shape]:
+    """Input 0 with an axis of `depth` inserted at `axis`."""
+    shape = site.input_shape(0)
+    depth = int(required_constant(site, 1).reshape(()))
+    axis = site.attribute("axis", -1) % (len(shape) + 1)
+    return [(*shape[:axis], depth, *shape[axis:])]
+
+
+def non_zero_shape(site: Site) -> list[Shape]:
+    """[rank, number of non-zero elements]."""
+    value = required_constant(site, 0)
+    return [(value.ndim, int(np.count_nonzero(value)))]
+
+
+def range_shape(site: Site) -> list[Shape]:
+    """[ceil((limit - start) / delta)], at least 0."""
+    start, limit, delta = (float(required_constant(site, index).reshape(())) for index in range(3))
+    return [(max(int(np.ceil((limit - start) / delta)), 0),)]
+
+
+def padded_shape(site: Site) -> list[Shape]:
+    """Input 0 plus the pads of input 1."""
+    shape = site.input_shape(0)
+    pads = required_constant(site, 1).reshape(-1)
+    rank = len(shape)
+    return [tuple(int(shape[axis] + pads[axis] + pads[axis + rank]) for axis in range(rank))]
+
+
+def inserted_axis_shape(site: Site) -> list[Shape]:
+    """Input 0 with an axis of 1 inserted at input 1."""
+    shape = site.input_shape(0)
+    axis = int(required_constant(site, 1).reshape(())) % (len(shape) + 1)
+    return [(*shape[:axis], 1, *shape[axis:])]
+
+
+def gathered_rows_shape(site: Site) -> list[Shape]:
+    """GatherND without batch axes: indices[:-1] followed by the axes that the indices leave."""
+    data, indices = site.input_shape(0), site.input_shape(1)
+    return [(*indices[:-1], *data[indices[-1] :])]
+
+
+def embedding_shape(site: Site) -> list[Shape]:
+    """Shape of the indices, then the width of the table."""
+    return [(*site.input_shape(1), *site.input_shape(0)[1:])]
+
+
+def grid_sample_shape(site: Site) -> list[Shape]:
+    """[N, C] of the image, then the spatial axes of the grid."""
+    return [(*site.input_shape(0)[:2], *site.input_shape(1)[1:-1])]
+
+
+ROWS: tuple[OpRow, ...] = (
+    *unary("Reshape", "Squeeze", "Unsqueeze", structural=(1,)),
+    *unary("Flatten", "Transpose", "Concat", "DepthToSpace", "SpaceToDepth"),
+    *unary("Split", "Expand", "Tile", "Trilu", "CenterCropPad", "ReverseSequence", structural=(1,)),
+    *unary("Slice", structural=(1, 2, 3, 4), reads_all=False),
+    # Input 2 is the value of the border: data, not structure.
+    *unary("Pad", structural=(1, 3)),
+    *unary("Gather", "GatherElements", "GatherND", reads_all=False),
+    *unary("Scatter", "ScatterElements", "ScatterND"),
+    *unary("TensorScatter", structural=(2,)),
+    *unary("Shape", "Size", reads_all=False),
+    *unary("Constant"),
+    *unary("ConstantOfShape", structural=(0,)),
+    *unary("EyeLike", reads_all=False),
+    OpRow("Range", structural=(0, 1, 2), cost=no_macs, shape=range_shape),
+    OpRow("OneHot", structural=(1,), cost=no_macs, shape=one_hot_shape),
+    OpRow("Compress", reads_all=False, cost=no_macs, shape=compress_shape),
+    OpRow("NonZero", cost=no_macs, shape=non_zero_shape),
+    *unary("Unique"),
+    *unary("NonMaxSuppression", structural=(2, 3, 4)),
+    # Interpolation: fixed weights on few neighbours, 0 by convention.
+    *unary("Resize", structural=(1, 2, 3)),
+    *unary("Upsample", structural=(1,)),
+    *unary("GridSample"),
+    OpRow("AffineGrid", structural=(1,), cost=affine_grid_macs),
+    *unary("Col2Im", structural=(1, 2)),
+    *unary("Pad", domain=MICROSOFT, structural=(1,), shape=padded_shape),
+    *unary("ExpandDims", domain=MICROSOFT, structural=(1,), shape=inserted_axis_shape),
+    *unary("Range", domain=MICROSOFT, structural=(0, 1, 2), shape=range_shape),
+    *unary("Trilu", domain=MICROSOFT, structural=(1,)),
+    *unary("GatherND", domain=MICROSOFT, reads_all=False, shape=gathered_rows_shape),
+    *unary("TorchEmbedding", domain=MICROSOFT, structural=(2, 3), reads_all=False, shape=embedding_shape),
+    *unary("GridSample", domain=MICROSOFT, shape=grid_sample_shape),
+)

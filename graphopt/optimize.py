@@ -1,0 +1,306 @@
+"""The one call: a trained network in, a verified faster ONNX model and its report out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from graphopt.errors import DataError, GraphoptError
+from graphopt.export.report import ROLLED_BACK, Report, Step, WeightFate
+from graphopt.export.write import save
+from graphopt.inputs.calibration import Calibration, as_array
+from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
+from graphopt.ir.canonical import NOTES, canonicalize
+from graphopt.ir.check import check_structure
+from graphopt.ir.load import Source, read
+from graphopt.ir.opset import check_opset
+from graphopt.ir.propagate import dimension_name
+from graphopt.ir.session import open_session
+from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.pipeline import Budget, Evaluate, Guard, run_passes
+from graphopt.progress import Progress
+from graphopt.recipe import Recipe, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Source | "torch.nn.Module" | "torch.export.ExportedProgram" if TYPE_CHECKING else Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns.
+
+    Attributes:
+        model: the optimized graph.
+        report: the proof, see `graphopt.export.report.Report`; print it, or `report.to_json()`.
+        original: the graph as it was given (or as torch exported it).
+        target: "cpu" or "cuda".
+    """
+
+    model: ir.Model
+    report: Report
+    original: ir.Model = field(repr=False)
+    target: str = "cpu"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the optimized model, whole or not at all. Raises `WriteError` where the path cannot be written."""
+        return save(self.model, path)
+
+    def session(self, *, threads: int = 0) -> onnxruntime.InferenceSession:
+        """The optimized model in onnxruntime, ready to run; `threads` 0 is onnxruntime's default."""
+        return open_session(self.model, target=self.target, threads=threads)
+
+
+def optimize(
+    model: Model,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str] = "default",
+    target: str = "cpu",
+    dynamic_shapes: Any = None,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
+    tolerance: float | None = None,
+    threads: int = 1,
+    quiet: bool = False,
+) -> Result:
+    """Make a trained network faster and smaller in onnxruntime, and prove it.
+
+    Every pass of the recipe works on a clone. It is kept only if the graph is valid and loads, if its outputs on
+    the example inputs stay within rounding (exact passes) or within the budget (lossy ones), and if it is not
+    slower, timed in turns with the best graph so far. What is rolled back says why, with figures.
+
+    Args:
+        model: a `torch.nn.Module`, a `torch.export.ExportedProgram`, the path of an .onnx file, its bytes, an
+            `onnx.ModelProto` or an `onnx_ir.Model`. It is not changed.
+        args: example inputs. For torch as for `torch.export.export`; for ONNX one array, a tuple of arrays in the
+            order of the model's inputs, or a dict by input name. ONNX models need none: probes are made up.
+        kwargs: example keyword inputs of a module; for ONNX, arrays by input name.
+        recipe: "default", "exact" or "int8", the path of a TOML file, a `Recipe`, or a list of passes.
+        target: "cpu" or "cuda", where the result is to run.
+        dynamic_shapes: for a module, as for `torch.export.export`.
+        calibration: iterable of inputs (arrays, tuples or dicts) for quantization; None works without data.
+        evaluate: called with an `onnxruntime.InferenceSession`, returns one number, higher is better.
+        max_drop: how much of `evaluate` lossy passes may cost, in its own unit; None allows 1 % of the original's.
+        tolerance: how far outputs may move without `evaluate`, relative to the output's scale; None leaves it to
+            the recipe (`default` allows 0.1).
+        threads: intra-op threads for all timings, 0 for onnxruntime's default.
+        quiet: show no progress on the terminal.
+
+    Raises:
+        LoadError, InvalidGraphError: the ONNX model cannot be read or is not valid.
+        TraceError: the torch model cannot be exported, or its export computes something else.
+        DataError: example inputs, calibration or `evaluate` do not fit.
+        RecipeError: unknown recipe, pass or option, or an order that a contract forbids.
+
+    Example:
+        >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'
+        ...     ' g (float[1, 4] x) => (float[1, 4] y) { a = Identity (x) y = Relu (a) }')
+        >>> result = optimize(model, recipe="exact", quiet=True)
+        >>> [node.op_type for node in result.model.graph]
+        ['Relu']
+    """
+    chosen = resolve(recipe)
+    _check_budget(evaluate, max_drop, tolerance)
+    with Progress(quiet=quiet, total=len(chosen.passes) + 3) as progress:
+        progress.start("read the model")
+        original, canonical, source, example = _read(model, args, kwargs, dynamic_shapes)
+        data = None if calibration is None else Calibration(original, calibration)
+        feeds, sizes = _feeds(original, example, data)
+        canonical = canonical if canonical is not None else canonicalize(original.clone(), sizes=sizes)
+        limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
+        guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
+        context = Context(target=target, threads=threads, sizes=sizes, calibration=data)
+        progress.start("measure the input")
+        steps = [guard.first_step()]
+        accepted = guard.judge("(canonical)", canonical, Semantics.EXACT, must_keep=True)
+        steps.append(accepted)
+        if accepted.status == ROLLED_BACK:
+            best, history = original, {name: [] for name in original.graph.initializers}
+        else:
+            best, passed, history = run_passes(
+                canonical, chosen.passes, guard, context, on_step=progress.finish, on_start=progress.start
+            )
+            steps += passed
+        progress.start("measure the result")
+        final, error = guard.final(best)
+    report = Report(
+        source=source,
+        recipe=chosen.name,
+        target=target,
+        threads=threads,
+        data=_data_sentence(data, feeds),
+        steps=tuple(steps),
+        final=final,
+        error=error,
+        weights=_fates(canonical, history, steps),
+        notes=tuple(canonical.meta.get(NOTES, ())) + (tuple(data.notes) if data is not None else ()),
+        missed=_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
+        environment=_environment(),
+    )
+    return Result(best, report, original, target)
+
+
+def _read(
+    model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> tuple[ir.Model, ir.Model | None, str, dict[str, np.ndarray] | None]:
+    """The original graph, its canonical form where it is known already, a name for it, and the example feeds."""
+    if _is_torch(model):
+        from graphopt.ir.trace import trace_with_feeds
+
+        traced, feeds = trace_with_feeds(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        return traced, traced.clone(), type(model).__name__, feeds
+    if dynamic_shapes is not None:
+        raise DataError(
+            "dynamic_shapes is for torch modules", help="ONNX files carry their dynamic dimensions"
+        )
+    if not isinstance(model, (str, os.PathLike, bytes, onnx.ModelProto, ir.Model)):
+        raise DataError(
+            f"cannot optimize a {type(model).__name__}",
+            help="pass a torch module, an exported program, a path, bytes, an onnx.ModelProto or an onnx_ir.Model",
+        )
+    original = read(model)
+    check_opset(original)
+    check_structure(original)
+    name = Path(model).name if isinstance(model, (str, os.PathLike)) else (original.graph.name or "model")
+    return original, None, name, example_feeds(original, args, kwargs)
+
+
+def example_feeds(
+    model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None
+) -> dict[str, np.ndarray] | None:
+    """Example inputs of an ONNX model by name; None where there are none. Raises `DataError` where they misfit."""
+    if args is None and not kwargs:
+        return None
+    given: Any = dict(kwargs or {})
+    if isinstance(args, Mapping):
+        given = {**args, **given}
+    elif args is not None:
+        positional = args if isinstance(args, (tuple, list)) else (args,)
+        inputs = model_inputs(model)
+        if len(positional) > len(inputs):
+            raise DataError(
+                f"{len(positional)} example inputs for a model with {len(inputs)}",
+                where="args",
+                help=f"inputs are {', '.join(value.name or '?' for value in inputs)}",
+            )
+        named = {value.name or "": entry for value, entry in zip(inputs, positional, strict=False)}
+        given = {**named, **given}
+    return next(iter(Calibration(model, [{name: as_array(entry, name) for name, entry in given.items()}])))
+
+
+def _feeds(
+    model: ir.Model, example: dict[str, np.ndarray] | None, data: Calibration | None
+) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
+    """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in them."""
+    if example is None and data is not None:
+        example = next(iter(data))
+    if example is None:
+        sizes = runnable_sizes(model)
+        example = probe_feeds(model, sizes=sizes)[0]
+    sizes = _sizes_in(model, example)
+    feeds = [example]
+    if sizes:
+        other = probe_feeds(model, sizes={name: 2 * size for name, size in sizes.items()}, seed=1)[0]
+        if _runs(model, other):
+            feeds.append(other)
+    return feeds, sizes
+
+
+def _sizes_in(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for value in model_inputs(model):
+        array = feeds[value.name or ""]
+        for axis in range(len(value.shape) if value.shape is not None else 0):
+            name = dimension_name(value, axis)
+            if name is not None:
+                sizes[name] = int(array.shape[axis])
+    return sizes
+
+
+def _runs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> bool:
+    try:
+        open_session(model, optimized=False).run_feeds(feeds)
+    except DataError:
+        return False
+    return True
+
+
+def _is_torch(model: Any) -> bool:
+    """Whether the object is torch's, without importing torch for the ONNX path."""
+    return any(base.__module__.partition(".")[0] == "torch" for base in type(model).__mro__)
+
+
+def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None) -> None:
+    if evaluate is not None and not callable(evaluate):
+        raise DataError(
+            "`evaluate` is not callable", help="pass a function of an onnxruntime.InferenceSession"
+        )
+    if max_drop is not None and evaluate is None:
+        raise DataError(
+            "`max_drop` needs `evaluate`", help="pass a metric, or use `tolerance` for output error"
+        )
+    for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
+        if value is not None and not value >= 0:
+            raise DataError(f"`{name}` is {value}, but must be at least 0", where=name)
+
+
+def _data_sentence(data: Calibration | None, feeds: Sequence[Any]) -> str:
+    if data is None:
+        return "data-free"
+    return f"{data.samples} calibration samples" if data.samples is not None else "calibration data"
+
+
+def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
+    """What was asked for and not delivered: a broken canonical form, or lossy passes without a fallback in the recipe."""
+    missed = [f"{step.name}: {step.reason}" for step in steps if step.name == "(canonical)" and step.reason]
+    lossy = {single.name for single in recipe.passes if single.semantics is Semantics.LOSSY}
+    if explicit or recipe.tolerance is None:
+        missed += [
+            f"{step.name} was rolled back: {step.reason}"
+            for step in steps
+            if step.name in lossy and step.status == ROLLED_BACK
+        ]
+    return tuple(missed)
+
+
+def _fates(
+    canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Sequence[Step]
+) -> tuple[WeightFate, ...]:
+    """What became of each weight: the passes that changed it, or the remark that explains why none did."""
+    reasons = {remark.where: f"{remark.what}: {remark.why}" for step in steps for remark in step.remarks}
+    rolled_back = [f"{step.name} was rolled back" for step in steps if step.status == ROLLED_BACK]
+    default = rolled_back[0] if rolled_back else "no pass of the recipe rewrites it"
+    fates: list[WeightFate] = []
+    for name, value in canonical.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+            continue
+        by = tuple(history.get(name, ()))
+        where = [name, *(consumer.name or "" for consumer in value.consumers())]
+        reason = next((reasons[place] for place in where if place in reasons), default)
+        before = f"{tensor.dtype.name}{[int(size) for size in tensor.shape]}"  # type: ignore[arg-type]
+        fates.append(WeightFate(name, "changed" if by else "declined", by, None if by else reason, before))
+    return tuple(fates)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+    }

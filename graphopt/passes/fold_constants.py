@@ -1,0 +1,86 @@
+"""Pass fold-constants: what depends on constants only is computed now."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+from graphopt.ir.rewrite import constant_tensor, is_op, static_shape
+from graphopt.passes.contract import Context, Pass, Semantics
+
+_KEEP = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+"""Folding these would undo a quantization: the int8 weight is what is to be stored."""
+_SMALL = 1024
+"""Elements up to which a result may be larger than its operands."""
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Evaluate nodes whose operands are all constant and store the results as initializers.
+
+    onnxscript's folder does the work (reference evaluator, shape arithmetic, constant conditions of If).
+    Three limits are ours. A result is stored only where it is not larger than its operands together, or small
+    (1024 elements): Expand, ConstantOfShape, Tile or an outer sum of constants stay. The size is known before
+    anything is computed, so memory is bounded. QuantizeLinear and DequantizeLinear are never folded.
+
+    Before::
+
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[N,4] x, float[4,4] w_a, float[4,4] w_b) => (float[N,4] y) {
+          sum = Add (w_a, w_b)
+          turned = Transpose <perm = [1, 0]> (sum)
+          y = MatMul (x, turned)
+        }
+
+    After::
+
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[N,4] x, float[4,4] turned) => (float[N,4] y) {
+          y = MatMul (x, turned)
+        }
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    semantics: ClassVar[Semantics] = Semantics.EXACT
+
+    def rewrite(self, model: ir.Model, context: Context) -> None:
+        """Fold, then keep all constants as initializers."""
+        FoldConstantsPass(
+            shape_inference=True,
+            input_size_limit=sys.maxsize,
+            output_size_limit=sys.maxsize,
+            should_fold=lambda node: _reason_to_keep(node) is None,
+        )(model)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        for graph in model.graphs():
+            for node in graph:
+                if _operands_are_constant(node) and (why := _reason_to_keep(node)) is not None:
+                    context.missed("fold constant", why, node)
+
+
+def _operands_are_constant(node: ir.Node) -> bool:
+    operands = [value for value in node.inputs if value is not None]
+    return bool(operands) and all(constant_tensor(value) is not None for value in operands)
+
+
+def _reason_to_keep(node: ir.Node) -> str | None:
+    """Why a node with constant operands must not be evaluated, None where it may be."""
+    if node.domain not in ("", "ai.onnx"):
+        return f"operator {node.domain}::{node.op_type} is not known"
+    if is_op(node, *_KEEP):
+        return "it holds a quantized weight"
+    if len(node.outputs) != 1:
+        return "it has several results"
+    shape = static_shape(node.outputs[0])
+    if shape is None:
+        return "the size of its result is not known beforehand"
+    operands = sum(value.const_value.size for value in node.inputs if value is not None and value.const_value)
+    if math.prod(shape) > max(_SMALL, operands):
+        return f"its result has {math.prod(shape)} elements, its operands {operands}"
+    return None

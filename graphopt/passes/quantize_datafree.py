@@ -1,0 +1,91 @@
+"""Ranges without data: probes steered by what BatchNormalization has seen in training.
+
+The statistics of a BatchNormalization say what its result looked like on the training data: mean beta and
+standard deviation |gamma| in each channel. Random probes alone drift away from that layer by layer. So each
+value that carries such statistics is normalised afresh over the probes and given the recorded mean and
+deviation, as a BatchNormalization in training mode would do it; what lies in between is then computed from
+inputs of the right size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.inputs.probes import model_inputs, probe_feeds
+from graphopt.ir.rewrite import Rewriter, rank
+from graphopt.passes.fold_batchnorm import STATISTICS
+
+_EPSILON = 1e-5
+_PROBES = 128
+"""Number of probes where the batch is free; statistics over fewer are noisy at small spatial sizes."""
+_PROBE_ELEMENTS = 32 * 3 * 64 * 64
+"""Input elements in one batch of probes: 32 small images or 2 of 224 x 224, bounded below by `_SMALLEST_BATCH`."""
+_SMALLEST_BATCH = 8
+
+
+def steered(model: ir.Model) -> tuple[ir.Model, set[str]]:
+    """A copy of the model whose BatchNormalization results have their recorded mean and deviation on any batch.
+
+    Returns:
+        The copy, in which every value keeps its name, and the names of the values that were steered.
+    """
+    copy = model.clone()
+    rewriter = Rewriter(copy)
+    names: set[str] = set()
+    for node in list(copy.graph):
+        for value in node.outputs:
+            statistics = value.meta.get(STATISTICS)
+            of_rank = rank(value)
+            if statistics is None or of_rank is None or of_rank < 2 or value.is_graph_output():
+                continue
+            names.add(value.name or "")
+            _steer(rewriter, value, *statistics, of_rank)
+    return copy, names
+
+
+def _steer(rewriter: Rewriter, value: ir.Value, mean: np.ndarray, std: np.ndarray, of_rank: int) -> None:
+    """value -> (value - E[value]) / sqrt(Var[value] + epsilon) * std + mean, moments over all but the channels."""
+    node = value.producer()
+    assert node is not None
+    assert isinstance(node.graph, ir.Graph)
+    channel = (1, -1, *[1] * (of_rank - 2))
+
+    def constant(name: str, array: np.ndarray, dtype: type = np.float32) -> ir.Value:
+        return rewriter.initializer(node.graph, f"{value.name}/{name}", ir.tensor(array.astype(dtype)))  # type: ignore[arg-type]
+
+    axes = constant("axes", np.array([0, *range(2, of_rank)]), np.int64)
+    average = rewriter.insert(node, "ReduceMean", [value, axes], like=value)
+    centred = rewriter.insert(average, "Sub", [value, average.outputs[0]], like=value)
+    square = rewriter.insert(centred, "Mul", [centred.outputs[0], centred.outputs[0]], like=value)
+    variance = rewriter.insert(square, "ReduceMean", [square.outputs[0], axes], like=value)
+    shifted = rewriter.insert(variance, "Add", [variance.outputs[0], constant("epsilon", np.array(_EPSILON))], like=value)
+    root = rewriter.insert(shifted, "Sqrt", [shifted.outputs[0]], like=value)
+    unit = rewriter.insert(root, "Div", [centred.outputs[0], root.outputs[0]], like=value)
+    scaled = rewriter.insert(unit, "Mul", [unit.outputs[0], constant("std", std.reshape(channel))], like=value)
+    moved = rewriter.insert(scaled, "Add", [scaled.outputs[0], constant("mean", mean.reshape(channel))], like=value)
+    readers = {average, centred}
+    for use in tuple(value.uses()):
+        if use.node not in readers:
+            use.node.replace_input_with(use.idx, moved.outputs[0])
+    result = moved.outputs[0]
+    result.name, value.name = value.name, result.name
+    result.shape = value.shape
+
+
+def probes(model: ir.Model, sizes: Mapping[str, int], seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Batches of probes for statistics: as large as the batch dimension allows, a few of them."""
+    batch = {
+        value.shape[0].value
+        for value in model_inputs(model)
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
+    } - {None}
+    single = probe_feeds(model, sizes={**sizes, **{str(name): 1 for name in batch}}, seed=seed)[0]
+    if not batch:
+        return probe_feeds(model, sizes=sizes, count=16, seed=seed)
+    elements = max(sum(array.size for array in single.values()), 1)
+    size = int(np.clip(_PROBE_ELEMENTS // elements, _SMALLEST_BATCH, 64))
+    count = max(1, min(_PROBES // size, 4))
+    return probe_feeds(model, sizes={**sizes, **{str(name): size for name in batch}}, count=count, seed=seed)

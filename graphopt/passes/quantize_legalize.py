@@ -1,0 +1,119 @@
+"""Exact rewrites that bring operators into the form for which onnxruntime has int8 kernels.
+
+Done on the model before a quantization is planned and again before the plan is applied, so they must be
+deterministic: the same model gives the same names.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir.linear import linear_at, spatial
+from graphopt.ir.rewrite import (
+    DeclinedError,
+    Rewriter,
+    constant,
+    constant_tensor,
+    integers,
+    is_op,
+    rank,
+    to_tensor,
+)
+
+
+def legalize(model: ir.Model) -> None:
+    """Rewrite in place what has an int8 kernel under another name. The function that is computed stays the same.
+
+    * ReduceMean over all spatial axes becomes GlobalAveragePool (and Squeeze without `keepdims`).
+    * ConvTranspose whose kernel equals its stride becomes a 1x1 Conv and DepthToSpace: no two windows overlap,
+      so each input pixel makes its own block of the output.
+    * `alpha` and `beta` of Gemm go into its constants.
+
+    Example:
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
+        ... g (float[1, 8, 4, 4] x) => (float[1, 8] y) <int64[2] axes = {2, 3}>
+        ... { y = ReduceMean <keepdims = 0> (x, axes) }''')
+        >>> legalize(model); [node.op_type for node in model.graph]
+        ['GlobalAveragePool', 'Squeeze']
+    """
+    rewriter = Rewriter(model)
+    for rule in (_mean_to_pool, _transposed_to_depth_to_space, _plain_gemm):
+        rewriter.until_stable(rule, "legalize", lambda what, why, where: None)
+
+
+def _mean_to_pool(rewriter: Rewriter, node: ir.Node) -> bool:
+    if not is_op(node, "ReduceMean") or len(node.inputs) < 2:
+        return False
+    data, axes = node.inputs[0], constant(node.inputs[1])
+    of_rank = None if data is None else rank(data)
+    if data is None or axes is None or of_rank is None or of_rank < 3 or data.dtype != ir.DataType.FLOAT:
+        return False
+    if sorted(int(axis) % of_rank for axis in axes) != list(range(2, of_rank)):
+        return False
+    keep = node.attributes.get("keepdims")
+    last = pool = rewriter.insert(node, "GlobalAveragePool", [data], like=node.outputs[0])
+    if keep is not None and not keep.as_int():
+        result = pool.outputs[0]
+        if data.shape is not None:
+            result.shape = ir.Shape([*list(data.shape)[:2], *[1] * (of_rank - 2)])
+        squeezed = np.arange(2, of_rank, dtype=np.int64)
+        spatial_axes = rewriter.initializer(
+            _graph(node), f"{result.name}.axes", to_tensor(squeezed, ir.DataType.INT64)
+        )
+        last = rewriter.insert(pool, "Squeeze", [result, spatial_axes], like=result)
+    rewriter.supersede(node.outputs[0], last.outputs[0])
+    return True
+
+
+def _transposed_to_depth_to_space(rewriter: Rewriter, node: ir.Node) -> bool:
+    if not is_op(node, "ConvTranspose"):
+        return False
+    linear = linear_at(node)
+    if linear is None or linear.groups != 1 or linear.dtype != ir.DataType.FLOAT or len(linear.kernel) != 2:
+        return False
+    place = spatial(node, linear.kernel)
+    plain = not any(place.begins + place.ends + (integers(node, "output_padding") or ()))
+    block = linear.kernel[0]
+    if not plain or set(place.dilations) != {1} or set(place.strides + linear.kernel) != {block}:
+        return False
+    if node.attributes.get("output_shape") is not None:
+        return False
+    # [M, C, block, block] as one 1x1 filter for each position in the block, positions first (mode DCR).
+    weight = linear.weight().transpose(2, 3, 0, 1).reshape(-1, linear.in_channels, 1, 1)
+    bias = np.tile(linear.bias(), block * block)
+    graph, name = _graph(node), (node.inputs[1].name if node.inputs[1] is not None else None) or "weight"
+    operands: list[ir.Value | None] = [linear.data]
+    operands.append(rewriter.initializer(graph, f"{name}.blocks", to_tensor(weight, linear.dtype)))
+    if bias.any():
+        operands.append(rewriter.initializer(graph, f"{name}.blocks.bias", to_tensor(bias, linear.dtype)))
+    result = node.outputs[0]
+    conv = rewriter.insert(node, "Conv", operands, attributes={"kernel_shape": [1, 1]}, like=result)
+    shape = linear.data.shape
+    if shape is not None:
+        conv.outputs[0].shape = ir.Shape([shape[0], weight.shape[0], *list(shape)[2:]])
+    spread = rewriter.insert(
+        conv, "DepthToSpace", [conv.outputs[0]], attributes={"blocksize": block, "mode": "DCR"}, like=result
+    )
+    rewriter.supersede(result, spread.outputs[0])
+    return True
+
+
+def _plain_gemm(rewriter: Rewriter, node: ir.Node) -> bool:
+    if not is_op(node, "Gemm"):
+        return False
+    factors = [node.attributes.get(name) for name in ("alpha", "beta")]
+    if all(factor is None or factor.as_float() == 1.0 for factor in factors):
+        return False
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant_tensor(node.inputs[2]) is None:
+        raise DeclinedError("its bias is computed at run time")
+    linear = linear_at(node)
+    if linear is None:
+        return False
+    linear.store(rewriter, linear.weight(), linear.bias())
+    return True
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph

@@ -1,0 +1,371 @@
+"""Which operators run on integers: those that onnxruntime's CPU provider fuses, in regions worth the border.
+
+Measured on onnxruntime 1.31.1 (`ort-performance.md`, and the graphs that it saves): a node becomes an int8 kernel
+when each input comes from DequantizeLinear and each output goes to QuantizeLinear and nowhere else. The tables
+below say which operators have such a kernel; everything else stays float.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir.linear import linear_at
+from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op
+from graphopt.passes.quantize_plan import OperatorPlan
+
+
+class Role(enum.Enum):
+    """What an operator is to quantization."""
+
+    LINEAR = "linear"
+    """A product with a constant weight: where the time goes and int8 pays."""
+    KERNEL = "kernel"
+    """Has an int8 kernel that rescales: its output needs its own quantizer."""
+    INTEGER = "integer"
+    """Moves or selects elements: runs on the integers themselves, exactly, and keeps the quantizer."""
+    CLAMP = "clamp"
+    """Relu and Clip: done by the saturation of the quantizer, or exactly on the integers."""
+
+
+_LINEAR = {"Conv", "Gemm", "MatMul"}
+_KERNEL = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat", "LeakyRelu", "Sigmoid"}
+_INTEGER = {
+    "MaxPool", "ReduceMax", "Resize", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split",
+    "Pad", "DepthToSpace", "SpaceToDepth", "Expand", "Gather", "Tile",
+}  # fmt: skip
+_CLAMP = {"Relu", "Clip"}
+_NO_KERNEL = {
+    "ConvTranspose": "onnxruntime has no int8 kernel for ConvTranspose whose windows overlap",
+    "Einsum": "onnxruntime has no int8 kernel for Einsum",
+    "LSTM": "recurrent layers stay float",
+    "GRU": "recurrent layers stay float",
+    "RNN": "recurrent layers stay float",
+}
+_QUANTIZED = {
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearConv",
+    "QLinearMatMul",
+}  # fmt: skip
+
+
+@dataclass
+class Placement:
+    """The chosen form of each operator of the main graph.
+
+    Attributes:
+        forms: node to "static", "integer", "folded" or "dynamic"; what is absent stays float.
+        operators: the same for the plan, with the reasons of what was declined, in graph order.
+        quantized: float values that get a quantizer of their own, in graph order.
+        constants: constant operands of KERNEL nodes.
+    """
+
+    forms: dict[ir.Node, str] = field(default_factory=dict)
+    operators: list[OperatorPlan] = field(default_factory=list)
+    quantized: list[ir.Value] = field(default_factory=list)
+    constants: list[ir.Value] = field(default_factory=list)
+
+
+def already_quantized(model: ir.Model) -> ir.Node | None:
+    """A node of the model that computes on quantized tensors, or None."""
+    return next((node for node in model.graph.all_nodes() if node.op_type in _QUANTIZED), None)
+
+
+def node_name(node: ir.Node) -> str:
+    """The name that plans know a node by: its own, else that of its first output."""
+    return node.name or node.outputs[0].name or node.op_type
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The Python value of an attribute, or `default`."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """The inputs that hold activations or their constant counterparts, without sizes, axes, weights and biases."""
+    if node.op_type in ("Add", "Mul", "Concat"):
+        return [value for value in node.inputs if value is not None]
+    return [value for value in node.inputs[:1] if value is not None]
+
+
+def place(model: ir.Model, *, form: str, exclude: tuple[str, ...]) -> Placement:
+    """Choose the form of every operator.
+
+    Args:
+        model: canonical model, `graphopt.passes.quantize_legalize` done.
+        form: "static", "dynamic", or "auto": Conv static, Gemm and MatMul static where their input arrives on
+            integers anyway and dynamic where it does not.
+        exclude: names of nodes or weights, or operator types, to leave in float; shell patterns.
+    """
+    return _Placer(model, form, exclude).run()
+
+
+class _Placer:
+    def __init__(self, model: ir.Model, form: str, exclude: tuple[str, ...]) -> None:
+        self.graph = model.graph
+        self.nodes = list(model.graph)
+        self.form = form
+        self.exclude = exclude
+        self.roles: dict[ir.Node, Role] = {}
+        self.declined: dict[ir.Node, str] = {}
+        self.static: set[ir.Node] = set()
+        self.dynamic: set[ir.Node] = set()
+
+    def run(self) -> Placement:
+        for node in self.nodes:
+            self._classify(node)
+        if self.form != "dynamic":
+            self._grow()
+            self._trim()
+        self._choose_dynamic()
+        return self._placement()
+
+    def _classify(self, node: ir.Node) -> None:
+        role = role_of(node)
+        if role is None:
+            if node.op_type in _NO_KERNEL and node.domain == "":
+                self.declined[node] = _NO_KERNEL[node.op_type]
+            return
+        reason = self._excluded(node) or _CHECKS.get(node.op_type, _accept)(node)
+        if reason is None and any(value.dtype not in (None, ir.DataType.FLOAT) for value in data_inputs(node)):
+            reason = f"computes in {data_inputs(node)[0].dtype}, int8 kernels replace float32 only"
+        if reason is None:
+            self.roles[node] = role
+        elif role is Role.LINEAR or reason.startswith("excluded"):
+            self.declined[node] = reason
+
+    def _excluded(self, node: ir.Node) -> str | None:
+        names = [node.op_type, node_name(node)]
+        names += [value.name or "" for value in node.inputs if value is not None and value.const_value is not None]
+        for pattern in self.exclude:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return f"excluded by {pattern!r}"
+        return None
+
+    # Growth: linear operators that pay alone are the seeds; what lies on integers anyway joins them.
+
+    def _grow(self) -> None:
+        self.static = {node for node, role in self.roles.items() if role is Role.LINEAR and self._is_seed(node)}
+        grown = True
+        while grown:
+            boundary = {v for node in self.static if self.roles[node] is Role.LINEAR for v in data_inputs(node)}
+            joining = {
+                node
+                for node in self.nodes
+                if node in self.roles and node not in self.static and self._joins(node, boundary)
+            }
+            self.static |= joining
+            grown = bool(joining)
+
+    def _is_seed(self, node: ir.Node) -> bool:
+        if node.op_type == "Conv":
+            return not is_depthwise(node)
+        return self.form == "static"
+
+    def _joins(self, node: ir.Node, boundary: set[ir.Value]) -> bool:
+        activations = [value for value in data_inputs(node) if constant(value) is None]
+        if self.roles[node] is Role.CLAMP or node.op_type == "Mul":
+            large = [value for value in activations if not _is_gate(value)]
+            activations = large or activations
+        return bool(activations) and all(
+            value in boundary or value.producer() in self.static for value in activations
+        )
+
+    # Trimming: an int8 kernel that feeds no linear operator only costs precision.
+
+    def _trim(self) -> None:
+        for node in reversed(self.nodes):
+            if node not in self.static or self.roles[node] is Role.LINEAR or self._folds(node):
+                continue
+            if not any(self._is_read_on_integers(value) for value in node.outputs):
+                self.static.discard(node)
+
+    def _is_read_on_integers(self, value: ir.Value) -> bool:
+        return any(
+            user in self.static
+            and (not self._folds(user) or any(self._is_read_on_integers(v) for v in user.outputs))
+            for user in value.consumers()
+        )
+
+    def _folds(self, node: ir.Node) -> bool:
+        """Whether a clamp is the only reader of an int8 kernel's output, so that the quantizer does it."""
+        if node not in self.static or self.roles[node] is not Role.CLAMP:
+            return False
+        source = node.inputs[0]
+        producer = None if source is None else source.producer()
+        return (
+            source is not None
+            and producer in self.static
+            and self.roles[producer] in (Role.LINEAR, Role.KERNEL)
+            and not source.is_graph_output()
+            and len(source.uses()) == 1
+            and (self._needs_quantizer(producer) or self._has_integer_reader(node.outputs[0]))
+        )
+
+    def _needs_quantizer(self, node: ir.Node) -> bool:
+        """QLinear kernels write integers; only QGemm and MatMul can write float instead."""
+        return node.op_type not in ("Gemm", "MatMul")
+
+    def _has_integer_reader(self, value: ir.Value) -> bool:
+        return any(user in self.static for user in value.consumers())
+
+    def _choose_dynamic(self) -> None:
+        for node, role in self.roles.items():
+            if role is not Role.LINEAR or node in self.static:
+                continue
+            if node.op_type == "Conv":
+                self.declined[node] = (
+                    "no fast dynamic form of Conv exists (ConvInteger is slower than float)"
+                    if self.form == "dynamic"
+                    else "depthwise, and its input does not arrive on integers: slower than float alone"
+                )
+            elif self.form in ("auto", "dynamic"):
+                self.dynamic.add(node)
+
+    def _placement(self) -> Placement:
+        placement = Placement()
+        quantized: dict[ir.Value, None] = {}
+        constants: dict[ir.Value, None] = {}
+        for node in self.nodes:
+            form = self._form(node)
+            if form is not None:
+                placement.forms[node] = form
+                placement.operators.append(OperatorPlan(node_name(node), node.op_type, form))
+            elif node in self.declined:
+                placement.operators.append(
+                    OperatorPlan(node_name(node), node.op_type, "float", self.declined[node])
+                )
+            if form in ("static", "integer"):
+                for value in data_inputs(node):
+                    if constant(value) is not None:
+                        constants[value] = None
+                    elif value.producer() not in self.static:
+                        quantized[value] = None
+            if form == "static" and self._writes_integers(node):
+                quantized[self._clamped(node)] = None
+        placement.quantized, placement.constants = list(quantized), list(constants)
+        return placement
+
+    def _form(self, node: ir.Node) -> str | None:
+        if node in self.dynamic:
+            return "dynamic"
+        if node not in self.static:
+            return None
+        if self._folds(node):
+            return "folded"
+        return "static" if self.roles[node] in (Role.LINEAR, Role.KERNEL) else "integer"
+
+    def _writes_integers(self, node: ir.Node) -> bool:
+        return self._needs_quantizer(node) or self._is_read_on_integers(node.outputs[0])
+
+    def _clamped(self, node: ir.Node) -> ir.Value:
+        """The value whose range the quantizer after `node` has: its output, or that of the clamp folded into it."""
+        output = node.outputs[0]
+        users = output.consumers()
+        return users[0].outputs[0] if len(users) == 1 and self._folds(users[0]) else output
+
+
+def role_of(node: ir.Node) -> Role | None:
+    """The role of an operator by its type alone, None for one without an int8 form."""
+    if node.domain != "":
+        return None
+    for role, operators in (
+        (Role.LINEAR, _LINEAR),
+        (Role.KERNEL, _KERNEL),
+        (Role.INTEGER, _INTEGER),
+        (Role.CLAMP, _CLAMP),
+    ):
+        if node.op_type in operators:
+            return role
+    return None
+
+
+def is_depthwise(node: ir.Node) -> bool:
+    """Whether a Conv has one input channel a group: memory-bound, so int8 gains little on its own."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    shape = None if weight is None else weight.shape
+    return shape is not None and shape[1] == 1 and attribute(node, "group", 1) != 1
+
+
+def _is_gate(value: ir.Value) -> bool:
+    """Whether a value is one number a channel ([n, c, 1, 1]): cheap to quantize wherever it comes from."""
+    shape = value.shape
+    return shape is not None and len(shape) >= 3 and all(size == 1 for size in list(shape)[2:])
+
+
+def _accept(node: ir.Node) -> str | None:
+    return None
+
+
+def _linear(node: ir.Node) -> str | None:
+    try:
+        linear = linear_at(node)
+    except DeclinedError as refusal:
+        return refusal.why
+    if linear is None or (len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None):
+        return "its weight or bias is computed at run time"
+    if linear.weight_index != 1:
+        return "its weight is the left operand"
+    if linear.dtype != ir.DataType.FLOAT:
+        return f"its weight is {linear.dtype.name.lower()}, int8 kernels replace float32 only"
+    if is_op(node, "Gemm") and attribute(node, "transA", 0):
+        return "its data input is transposed (transA=1)"
+    weight = constant(node.inputs[1])
+    if weight is None or weight.size == 0:
+        return "its weight is empty"
+    if not np.isfinite(weight).all() or not np.isfinite(linear.bias()).all():
+        return "its weight or bias holds NaN or infinity"
+    return None
+
+
+def _max_pool(node: ir.Node) -> str | None:
+    return "its second output (indices) is used" if len(node.outputs) > 1 else None
+
+
+def _average_pool(node: ir.Node) -> str | None:
+    return "it is dilated" if any(size != 1 for size in integers(node, "dilations") or ()) else None
+
+
+def _resize(node: ir.Node) -> str | None:
+    if attribute(node, "mode", "nearest") != "nearest":
+        return "it interpolates"
+    return None
+
+
+def _pad(node: ir.Node) -> str | None:
+    if attribute(node, "mode", "constant") != "constant" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    filler = constant(node.inputs[2])
+    return None if filler is not None and not np.any(filler) else "it pads with something else than 0"
+
+
+def _clip(node: ir.Node) -> str | None:
+    return None if clamp_bounds(node) is not None else "its bounds are computed at run time"
+
+
+_CHECKS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    "Conv": _linear, "Gemm": _linear, "MatMul": _linear, "MaxPool": _max_pool, "AveragePool": _average_pool,
+    "Resize": _resize, "Pad": _pad, "Clip": _clip,
+}  # fmt: skip
+"""Why a node of this type has no int8 form, or None; `_accept` where every node has one."""
+
+
+def clamp_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """The interval that a Relu or Clip keeps, None where it is not constant or leaves 0 out."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    bounds = [float("-inf"), float("inf")]
+    for index in (1, 2):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None:
+            array = constant(value)
+            if array is None:
+                return None
+            bounds[index - 1] = float(array.reshape(()))
+    return (bounds[0], bounds[1]) if bounds[0] <= 0.0 <= bounds[1] else None

@@ -1,0 +1,161 @@
+"""What a quantization decided, as data: printable, JSON both ways, replayable on the same model (design.md D5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import GraphoptError
+
+FORMS = ("static", "integer", "folded", "dynamic", "float")
+"""How an operator runs, see `OperatorPlan`."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor becomes integers: q = saturate(round(x / scale) + zero_point).
+
+    Attributes:
+        name: value or initializer in the float model.
+        role: "activation", "weight" (of a linear operator) or "constant" (operand of an elementwise operator).
+        bits: width of the integers; those narrower than 8 bits are stored in 8.
+        signed: int8 rather than uint8.
+        axis: axis along which scales differ, None for one scale.
+        scale: one float32 scale, or one for each position on `axis`; > 0.
+        zero_point: one integer for each scale.
+        source: where the range came from: "calibration", "batchnorm", "probes", "weights" or "definition".
+    """
+
+    name: str
+    role: str
+    bits: int
+    signed: bool
+    axis: int | None
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    source: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is 0 and the integers are signed."""
+        return self.signed and not any(self.zero_point)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer. Signed ones leave out -2^(bits-1), so that they are symmetric."""
+        if self.signed:
+            return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the stored integers."""
+        return np.dtype(np.int8 if self.signed else np.uint8)
+
+    def quantize(self, array: np.ndarray) -> np.ndarray:
+        """The integers of an array of the tensor's shape, rounded half to even as ONNX QuantizeLinear does."""
+        scale, zero = np.asarray(self.scale, np.float32), np.asarray(self.zero_point, np.float32)
+        shape = [1] * array.ndim
+        if self.axis is not None:
+            shape[self.axis] = -1
+        low, high = self.limits
+        rounded = np.rint(array.astype(np.float32) / scale.reshape(shape)) + zero.reshape(shape)
+        return np.clip(rounded, low, high).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class OperatorPlan:
+    """How one operator runs.
+
+    Attributes:
+        node: its name.
+        op_type: its operator.
+        form: "static" (between DequantizeLinear and QuantizeLinear, an int8 kernel of onnxruntime), "integer" (on
+            the integers themselves, exact), "folded" (a Relu or Clip that the saturation of the quantizer before it
+            already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger) or "float" (declined).
+        reason: why it was declined; empty otherwise.
+    """
+
+    node: str
+    op_type: str
+    form: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """Every decision of one `Quantize.plan`: apply it with `Quantize.apply`, store it with `to_json`.
+
+    Attributes:
+        tensors: how each quantized tensor becomes integers, in graph order.
+        operators: how each linear operator, and each operator that was or could have been quantized, runs.
+    """
+
+    tensors: tuple[TensorPlan, ...] = ()
+    operators: tuple[OperatorPlan, ...] = ()
+
+    def forms(self) -> dict[str, int]:
+        """Number of operators by form."""
+        return dict(Counter(operator.form for operator in self.operators))
+
+    def sources(self) -> dict[str, int]:
+        """Number of activations by source of their range."""
+        return dict(Counter(tensor.source for tensor in self.tensors if tensor.role == "activation"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` turns back into an equal plan."""
+        return {
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "operators": [asdict(operator) for operator in self.operators],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> QuantizePlan:
+        """The plan that `to_json` wrote, also after a round trip through text.
+
+        Raises:
+            GraphoptError: the data is no such plan.
+
+        Example:
+            >>> QuantizePlan.from_json(QuantizePlan().to_json()) == QuantizePlan()
+            True
+        """
+        try:
+            tensors = tuple(
+                TensorPlan(**{**one, "scale": tuple(one["scale"]), "zero_point": tuple(one["zero_point"])})
+                for one in data["tensors"]
+            )
+            return cls(tensors, tuple(OperatorPlan(**one) for one in data["operators"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GraphoptError(
+                f"not a quantization plan: {error}", help="pass what QuantizePlan.to_json wrote"
+            ) from error
+
+    def __str__(self) -> str:
+        rows = [("tensor", "role", "bits", "axis", "scale", "zero point", "range from")]
+        rows += [_tensor_row(tensor) for tensor in self.tensors]
+        operators = [("operator", "type", "form", "why")]
+        operators += [(o.node, o.op_type, o.form, o.reason) for o in self.operators]
+        return f"{_table(rows)}\n\n{_table(operators)}"
+
+
+def _tensor_row(tensor: TensorPlan) -> tuple[str, ...]:
+    kind = f"{'int' if tensor.signed else 'uint'}{tensor.bits}{' symmetric' if tensor.symmetric else ''}"
+    axis = "-" if tensor.axis is None else str(tensor.axis)
+    if len(tensor.scale) == 1:
+        scale, zero = f"{tensor.scale[0]:.4g}", str(tensor.zero_point[0])
+    else:
+        scale = f"{min(tensor.scale):.3g} .. {max(tensor.scale):.3g} ({len(tensor.scale)})"
+        zero = str(tensor.zero_point[0]) if len(set(tensor.zero_point)) == 1 else "various"
+    return tensor.name, tensor.role, kind, axis, scale, zero, tensor.source
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,265 @@
+"""Running passes under the guard (design.md D6): structure, numbers, speed, metric; what breaks one is rolled back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from graphopt.errors import DataError, GraphoptError
+from graphopt.export.benchmark import Benchmark, interleave
+from graphopt.export.report import APPLIED, ROLLED_BACK, UNCHANGED, Size, Step
+from graphopt.ir.check import check_structure
+from graphopt.ir.compare import Comparison, compare_runs, exact_tolerance
+from graphopt.ir.cost import cost
+from graphopt.ir.session import Session, open_session
+from graphopt.passes.contract import Context, Pass, Semantics
+
+Evaluate = Callable[[onnxruntime.InferenceSession], float]
+"""The user's metric of a session, higher is better."""
+
+_SECONDS_PER_TIMING = 1.0
+_DEFAULT_DROP = 0.01
+"""Share of the original's metric that may be lost where the user gave `evaluate` without `max_drop`."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What lossy passes may cost.
+
+    Attributes:
+        evaluate: the user's metric, or None.
+        max_drop: how much of it may be lost, in its own unit; None stands for 1 % of the original's value.
+        tolerance: how far outputs may move (relative error); None means no limit.
+    """
+
+    evaluate: Evaluate | None = None
+    max_drop: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass
+class Guard:
+    """Judges a candidate graph against the original and against the best graph so far.
+
+    Attributes:
+        original: the model as the user gave it.
+        feeds: example or probe inputs; outputs are compared on all, time is taken on the first.
+        budget: what lossy passes may cost.
+        target: "cpu" or "cuda".
+        threads: intra-op threads of all sessions.
+        sizes: elements of the symbolic dimensions in the feeds.
+    """
+
+    original: ir.Model
+    feeds: Sequence[Mapping[str, np.ndarray]]
+    budget: Budget
+    target: str
+    threads: int
+    sizes: Mapping[str, int]
+    _reference: list[list[np.ndarray]] = field(default_factory=list)
+    _metric: float | None = None
+    _best: Session | None = None
+    _best_speed: float = 1.0
+
+    def first_step(self) -> Step:
+        """Measure the original: reference outputs with onnxruntime's optimisations off, metric, latency."""
+        start = time.perf_counter()
+        reference = open_session(self.original, optimized=False, threads=self.threads)
+        self._reference = [reference.run_feeds(feeds) for feeds in self.feeds]
+        del reference
+        self._best = self._open(self.original)
+        if self.budget.evaluate is not None:
+            self._metric = measure_metric(self.budget.evaluate, self._best)
+        timing = self._time(self._best)
+        return Step(
+            "(input)",
+            APPLIED,
+            size_of(self.original, self.sizes),
+            latency=timing.latencies[0],
+            speed=1.0,
+            metric=self._metric,
+            seconds=time.perf_counter() - start,
+        )
+
+    def judge(self, name: str, candidate: ir.Model, semantics: Semantics, *, must_keep: bool = False) -> Step:
+        """Check a candidate. The step says "applied", or "rolled back" with the reason and figures.
+
+        With `must_keep` a slower candidate is accepted (the canonical form, on which all passes stand).
+        """
+        size = size_of(candidate, self.sizes)
+        try:
+            check_structure(candidate)
+            session = self._open(candidate)
+            outputs = [session.run_feeds(feeds) for feeds in self.feeds]
+        except GraphoptError as error:
+            return Step(name, ROLLED_BACK, size, reason=error.what)
+        comparison = self._compare(outputs)
+        reason = self._numbers_reason(comparison, semantics)
+        if reason is not None:
+            return Step(name, ROLLED_BACK, size, reason=reason, error=comparison)
+        assert self._best is not None
+        timing = self._time(self._best, session)
+        speed = self._best_speed * timing.speeds[1].median
+        step = Step(name, APPLIED, size, latency=timing.latencies[1], speed=speed, error=comparison)
+        if timing.is_slower() and not must_keep:
+            slower = f"slower: {timing.latencies[1].median:.3g} ms > {timing.latencies[0].median:.3g} ms"
+            return _rejected(step, slower)
+        if semantics is Semantics.LOSSY and self.budget.evaluate is not None:
+            metric = measure_metric(self.budget.evaluate, session)
+            step = replace(step, metric=metric)
+            reason = self._metric_reason(metric)
+            if reason is not None:
+                return _rejected(step, reason)
+        self._best, self._best_speed = session, speed
+        return step
+
+    def final(self, result: ir.Model) -> tuple[Benchmark, Comparison]:
+        """Time the original and the result in turns once more, and compare their outputs."""
+        original = self._open(self.original)
+        session = self._best if self._best is not None else self._open(result)
+        outputs = [session.run_feeds(feeds) for feeds in self.feeds]
+        timing = interleave(
+            [original, session],
+            self.feeds[0],
+            names=("input", "result"),
+            seconds=2 * _SECONDS_PER_TIMING,
+            threads=self.threads,
+            target=self.target,
+        )
+        return timing, self._compare(outputs)
+
+    def _compare(self, outputs: Sequence[Sequence[np.ndarray]]) -> Comparison:
+        names = [value.name or "" for value in self.original.graph.outputs]
+        return compare_runs(names, self._reference, outputs)
+
+    def _numbers_reason(self, comparison: Comparison, semantics: Semantics) -> str | None:
+        worst = comparison.worst
+        if worst is None:
+            return None
+        if not math.isfinite(comparison.error):
+            return f"output {worst.name}: {worst.reason or 'no finite error'}"
+        if semantics is Semantics.EXACT:
+            for output, reference in zip(comparison.outputs, self._reference[0], strict=False):
+                limit = exact_tolerance(np.asarray(reference))
+                if output.error > limit:
+                    return (
+                        f"output {output.name} moved by {output.error:.1e}, more than rounding ({limit:.0e})"
+                    )
+            return None
+        limit = self.budget.tolerance
+        if limit is not None and comparison.error > limit:
+            return f"output {worst.name} moved by {worst.error:.2g}, tolerance {limit:.2g}"
+        return None
+
+    def _metric_reason(self, metric: float) -> str | None:
+        assert self._metric is not None
+        allowed = self.budget.max_drop
+        allowed = abs(self._metric) * _DEFAULT_DROP if allowed is None else allowed
+        drop = self._metric - metric
+        if drop > allowed:
+            return f"metric fell by {drop:.3g} ({self._metric:.4g} -> {metric:.4g}), allowed {allowed:.3g}"
+        return None
+
+    def _open(self, model: ir.Model) -> Session:
+        return open_session(model, target=self.target, threads=self.threads)
+
+    def _time(self, *sessions: Session) -> Benchmark:
+        return interleave(
+            sessions,
+            self.feeds[0],
+            names=("best so far", "candidate")[: len(sessions)],
+            seconds=_SECONDS_PER_TIMING * len(sessions) / 2,
+            threads=self.threads,
+            target=self.target,
+        )
+
+
+def run_passes(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    guard: Guard,
+    context: Context,
+    on_step: Callable[[Step], Any] = lambda step: None,
+    on_start: Callable[[str], Any] = lambda name: None,
+) -> tuple[ir.Model, list[Step], dict[str, list[str]]]:
+    """Run passes in order, each on a clone that replaces the best graph only when the guard accepts it.
+
+    Returns:
+        The best graph, one step a pass, and for each weight of `model` the accepted passes that changed it.
+
+    Raises:
+        GraphoptError: a pass refuses the user's data or options. What a pass finds wrong with the graph it
+            records as remarks instead.
+    """
+    best, steps = model, []
+    history: dict[str, list[str]] = {name: [] for name in model.graph.initializers}
+    for single in passes:
+        start = time.perf_counter()
+        on_start(single.name)
+        candidate = best.clone()
+        result = single.run(candidate, context)
+        if not result.modified:
+            step = Step(single.name, UNCHANGED, size_of(best, context.sizes))
+        else:
+            step = guard.judge(single.name, candidate, single.semantics)
+        step = replace(step, seconds=time.perf_counter() - start, remarks=result.remarks)
+        if step.status == APPLIED:
+            _record_changes(history, best, candidate, single.name)
+            best = candidate
+        steps.append(step)
+        on_step(step)
+    return best, steps, history
+
+
+def _record_changes(history: dict[str, list[str]], before: ir.Model, after: ir.Model, name: str) -> None:
+    old, new = before.graph.initializers, after.graph.initializers
+    for weight, passes in history.items():
+        if weight in old and (weight not in new or new[weight].const_value is not old[weight].const_value):
+            passes.append(name)
+
+
+def size_of(model: ir.Model, sizes: Mapping[str, int]) -> Size:
+    """Nodes, parameters, MACs and weight bytes of a graph at these sizes of its symbolic dimensions."""
+    total = cost(model, sizes)
+    nodes = sum(1 for graph in model.graphs() for _ in graph)
+    return Size(nodes, total.parameters, total.macs, total.weight_bytes)
+
+
+def measure_metric(evaluate: Evaluate, session: onnxruntime.InferenceSession) -> float:
+    """The user's metric as a finite float. Raises `DataError` where it raises or returns something else."""
+    try:
+        value = evaluate(session)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"`evaluate` raised {type(error).__name__}: {error}",
+            where="evaluate",
+            help="it is called with an onnxruntime.InferenceSession and returns one number, higher is better",
+        ) from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"`evaluate` returned {type(value).__name__}, not a number",
+            where="evaluate",
+            help="return one number, higher is better",
+        ) from error
+    if not math.isfinite(number):
+        raise DataError(
+            f"`evaluate` returned {number}",
+            where="evaluate",
+            help="return one finite number, higher is better",
+        )
+    return number
+
+
+def _rejected(step: Step, reason: str) -> Step:
+    return replace(step, status=ROLLED_BACK, reason=reason)

@@ -1,0 +1,187 @@
+"""Recipes: ordered passes as data. Presets, lists and TOML files end in the same checked value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import GraphoptError, RecipeError
+from graphopt.passes import ALL_PASSES, Pass
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_EXACT: tuple[str, ...] = (
+    "eliminate-identity",
+    "fuse-pad",
+    "pool-reduce-mean",
+    "fold-batchnorm",
+    "fold-affine",
+    "merge-branches",
+    "merge-linear",
+    "fuse-activations",
+    "fuse-normalization",
+    "fuse-attention",
+    "fold-constants",
+    "merge-common-subexpressions",
+    "eliminate-dead-code",
+)
+_LAST: tuple[str, ...] = ("merge-initializers",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered passes under one name.
+
+    Attributes:
+        name: shown in the report.
+        passes: the passes, in the order in which they run.
+        tolerance: how far the outputs of a lossy pass may move (relative error) where the user gave neither
+            `evaluate` nor a tolerance; None accepts what the recipe asks for.
+
+    Raises:
+        RecipeError: a pass comes before one that its contract says must precede it, or there is no pass.
+
+    Example:
+        >>> [str(step) for step in preset("int8").passes][-2:]
+        ['quantize', 'merge-initializers']
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.passes:
+            raise RecipeError("the recipe holds no pass", where=self.name)
+        for index, earlier in enumerate(self.passes):
+            for later in self.passes[index + 1 :]:
+                if later.name in earlier.runs_after and later.name != earlier.name:
+                    raise RecipeError(
+                        f"{earlier.name} stands before {later.name}, but must run after it",
+                        where=self.name,
+                        help=f"move {earlier.name} behind {later.name}",
+                    )
+
+
+def preset(name: str) -> Recipe:
+    """A recipe of the house: `exact`, `int8` or `default`. Raises `RecipeError` for another name.
+
+    `exact` rewrites without changing the function. `int8` quantizes after that. `default` is `int8` under a guard
+    that keeps a lossy pass only where its outputs stay near the original (or the user's metric does).
+    """
+    exact, last = [build_pass(entry) for entry in _EXACT], [build_pass(entry) for entry in _LAST]
+    quantize = [build_pass("quantize")]
+    if name == "exact":
+        return Recipe(name, (*exact, *last))
+    if name == "int8":
+        return Recipe(name, (*exact, *quantize, *last))
+    if name == "default":
+        return Recipe(name, (*exact, *quantize, *last), tolerance=0.1)
+    raise RecipeError(f"unknown recipe {name!r}", help=_suggest(name, PRESETS, "recipes"))
+
+
+PRESETS = ("default", "exact", "int8")
+"""Names of the recipes of the house."""
+
+
+def resolve(recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str]) -> Recipe:
+    """The recipe behind a preset name, the path of a TOML file, a list of passes (or their names), or itself."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        text = os.fspath(recipe)
+        return read_recipe(text) if text.endswith(".toml") or os.path.exists(text) else preset(text)
+    if isinstance(recipe, Pass):
+        return Recipe(recipe.name, (recipe,))
+    passes = tuple(build_pass(entry) if isinstance(entry, str) else entry for entry in recipe)
+    for entry in passes:
+        if not isinstance(entry, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RecipeError(
+                f"a recipe is made of passes, not of {type(entry).__name__}",
+                help="pass objects such as graphopt.passes.FoldBatchnorm(), or their names",
+            )
+    return Recipe("custom", passes)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from TOML: `name`, `tolerance`, and one `[[pass]]` table a pass with `name` and its options.
+
+    Raises:
+        RecipeError: the file is missing or not TOML, or names an unknown field, pass or option.
+    """
+    file = Path(path)
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe cannot be read: {error.strerror}",
+            where=str(file),
+            help=f"presets are {', '.join(PRESETS)}",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe is not valid TOML: {error}", where=str(file)) from error
+    unknown = set(document) - {"name", "tolerance", "pass"}
+    if unknown:
+        raise RecipeError(
+            f"unknown field {sorted(unknown)[0]!r}",
+            where=str(file),
+            help="fields are name, tolerance and [[pass]]",
+        )
+    entries = document.get("pass")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and "name" in entry for entry in entries
+    ):
+        raise RecipeError("a recipe needs [[pass]] tables, each with a name", where=str(file))
+    tolerance = document.get("tolerance")
+    if tolerance is not None and (
+        isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0
+    ):
+        raise RecipeError("tolerance must be a number of at least 0", where=f"{file}, field tolerance")
+    try:
+        passes = tuple(
+            build_pass(str(entry["name"]), {key: value for key, value in entry.items() if key != "name"})
+            for entry in entries
+        )
+        return Recipe(str(document.get("name", file.stem)), passes, tolerance)
+    except RecipeError as error:
+        where = f"{file}, {error.where}" if error.where else str(file)
+        raise RecipeError(error.what, where=where, help=error.help) from error
+
+
+def build_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """The pass of that name with these options. Raises `RecipeError` for an unknown name, option or bad value."""
+    kind = ALL_PASSES.get(name)
+    if kind is None:
+        raise RecipeError(f"unknown pass {name!r}", help=_suggest(name, tuple(ALL_PASSES), "passes"))
+    fields = {option.name for option in dataclasses.fields(kind) if option.init}  # type: ignore[arg-type]
+    for option in options or {}:
+        if option not in fields:
+            raise RecipeError(
+                f"pass {name} has no option {option!r}",
+                where=name,
+                help=_suggest(option, tuple(sorted(fields)), "options") if fields else "it has no options",
+            )
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in (options or {}).items()
+    }
+    try:
+        return kind(**values)
+    except GraphoptError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"bad option of pass {name}: {error}", where=name) from error
+
+
+def _suggest(word: str, known: Sequence[str], kind: str) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"{guess}{kind} are {', '.join(known)}"

@@ -1,0 +1,93 @@
+"""Recipes: presets, lists and TOML end in the same checked value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graphopt.errors import RecipeError
+from graphopt.passes import ALL_PASSES, FoldBatchnorm, Quantize
+from graphopt.recipe import PRESETS, build_pass, preset, read_recipe, resolve
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_in_an_order_that_the_contracts_allow(name: str) -> None:
+    assert preset(name).passes
+
+
+def test_exact_holds_no_lossy_pass() -> None:
+    assert all(single.semantics.value == "exact" for single in preset("exact").passes)
+
+
+def test_every_pass_is_in_some_preset() -> None:
+    used = {single.name for name in PRESETS for single in preset(name).passes}
+    assert used == set(ALL_PASSES)
+
+
+def test_runs_after_names_passes_that_exist() -> None:
+    for kind in ALL_PASSES.values():
+        assert set(kind.runs_after) <= set(ALL_PASSES), kind.name
+
+
+def test_wrong_order_is_refused() -> None:
+    with pytest.raises(RecipeError, match="quantize stands before fold-batchnorm"):
+        resolve([Quantize(), FoldBatchnorm()])
+
+
+def test_names_and_objects_mix() -> None:
+    assert [single.name for single in resolve(["fold-batchnorm", Quantize()]).passes] == ["fold-batchnorm", "quantize"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("nonsense", "unknown recipe 'nonsense'"),
+        ("int9", "did you mean 'int8'"),
+        (["fold-batchnrom"], "did you mean 'fold-batchnorm'"),
+        ([], "holds no pass"),
+        ([3], "made of passes, not of int"),
+        ("missing.toml", "cannot be read"),
+    ],
+)
+def test_bad_recipes(recipe: object, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve(recipe)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_toml(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('tolerance = 0.2\n[[pass]]\nname = "fold-batchnorm"\n[[pass]]\nname = "quantize"\nranges = "entropy"\n')
+    recipe = read_recipe(file)
+    assert (recipe.name, recipe.tolerance) == ("mine", 0.2)
+    assert [str(single) for single in recipe.passes] == ["fold-batchnorm", "quantize(ranges='entropy')"]
+    assert resolve(str(file)) == recipe == resolve(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "not valid TOML"),
+        ("colour = 1", "unknown field 'colour'"),
+        ("name = 'x'", r"needs \[\[pass\]\] tables"),
+        ("pass = 3", r"needs \[\[pass\]\] tables"),
+        ("[[pass]]\noption = 1", "each with a name"),
+        ("[[pass]]\nname = 'fold'", "unknown pass 'fold'"),
+        ("[[pass]]\nname = 'quantize'\nrange = 'minmax'", "no option 'range'.*did you mean 'ranges'"),
+        ("[[pass]]\nname = 'quantize'\nranges = 'magic'", "magic"),
+        ("tolerance = 'much'\n[[pass]]\nname = 'quantize'", "tolerance must be a number"),
+        ("tolerance = -1\n[[pass]]\nname = 'quantize'", "tolerance must be a number"),
+    ],
+)
+def test_bad_toml_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=f"(?s){message}") as caught:
+        read_recipe(file)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_unknown_option_in_code() -> None:
+    with pytest.raises(RecipeError, match="has no option 'strength'"):
+        build_pass("fold-batchnorm", {"strength": 3})
