@@ -198,9 +198,7 @@ def _attention(about: str, tokens: int, heads: int, width: int, kv_heads: int, m
         f"int64[4] hs = {{1,{heads},{tokens},{width}}}, int64[3] fs = {{{heads},{tokens},{width}}}, "
         f"int64[4] ts = {{1,{heads},{width},{tokens}}}, float scale = {{{scale}}}, float root = {{{root}}}"
     )
-    split = (
-        "q0 = Reshape(q, qs) qh = Transpose<perm=[0,2,1,3]>(q0) k0 = Reshape(k, ks) v0 = Reshape(v, ks) "
-    )
+    split = "q0 = Reshape(q, qs) qh = Transpose<perm=[0,2,1,3]>(q0) k0 = Reshape(k, ks) v0 = Reshape(v, ks) "
     if repeat == 1:
         keys = "kh = Transpose<perm=[0,2,1,3]>(k0) vh = Transpose<perm=[0,2,1,3]>(v0) "
         keys_direct = "kt = Transpose<perm=[0,2,3,1]>(k0) vh = Transpose<perm=[0,2,1,3]>(v0) "
@@ -234,9 +232,7 @@ def _attention(about: str, tokens: int, heads: int, width: int, kv_heads: int, m
         "Attention 4-D, opset 23": Form(four, 23, shapes),
     }
     if mask == "causal":
-        forms["Attention 3-D is_causal"] = Form(
-            f"y = Attention<{heads_of}, is_causal=1>(q, k, v)", 23, shapes
-        )
+        forms["Attention 3-D is_causal"] = Form(f"y = Attention<{heads_of}, is_causal=1>(q, k, v)", 23, shapes)
         forms["Attention 4-D is_causal"] = Form(
             f"{split} kh = Transpose<perm=[0,2,1,3]>(k0) vh = Transpose<perm=[0,2,1,3]>(v0) "
             f"c = Attention<scale={scale}, is_causal=1>(qh, kh, vh) o = Transpose<perm=[0,2,1,3]>(c) "
@@ -272,7 +268,13 @@ def _attention(about: str, tokens: int, heads: int, width: int, kv_heads: int, m
         inputs["mask"] = (1, 1, tokens, tokens)
     elif mask == "causal":
         weights["mask"] = (1, 1, tokens, tokens)
-    return Family(f"{about}, {tokens} tokens, {heads}/{kv_heads} heads of {width}", inputs, (1, tokens, heads * width), forms, weights)
+    return Family(
+        f"{about}, {tokens} tokens, {heads}/{kv_heads} heads of {width}",
+        inputs,
+        (1, tokens, heads * width),
+        forms,
+        weights,
+    )
 
 
 FAMILIES |= {

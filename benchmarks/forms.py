@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns of each form (default 15)")
     options = parser.parse_args(arguments)
     chosen = [
-        name
-        for name in FAMILIES
-        if not options.families or any(name.startswith(start) for start in options.families)
+        name for name in FAMILIES if not options.families or any(name.startswith(start) for start in options.families)
     ]
     if not chosen:
         parser.error(f"no such family; families are {', '.join(FAMILIES)}")
@@ -81,9 +79,7 @@ def build_model(family: Family, form: Form) -> ir.Model:
 
 def _time_family(name: str, family: Family, rounds: int) -> None:
     random = np.random.default_rng(1)
-    feeds = {
-        key: random.standard_normal(shape).astype(np.float32) * 2 for key, shape in family.inputs.items()
-    }
+    feeds = {key: random.standard_normal(shape).astype(np.float32) * 2 for key, shape in family.inputs.items()}
     models = {form_name: build_model(family, form) for form_name, form in family.forms.items()}
     expected = open_session(next(iter(models.values())), optimized=False).run_feeds(feeds)
     runs: dict[str, Callable[[], object]] = {}

@@ -22,7 +22,8 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_output = Console(highlight=False, soft_wrap=True)
+_WIDTH_OF_FILES = 160
+"""Columns of text that goes to a file or a pipe, where no terminal says how wide it is."""
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="the ONNX file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
@@ -92,7 +93,7 @@ def optimize(
     if report is not None:
         write_text(json.dumps(result.report.to_json(), indent=2), report)
     if html is not None:
-        write_text(diff(result.original, result.model).to_html(), html)
+        write_text(diff(result.original, result.model).to_html(title=f"{model.name} → {output.name}"), html)
     if not quiet:
         _show(result.report, as_json)
     if result.report.missed:
@@ -127,8 +128,11 @@ def diff(
 
     found = run(read(before), read(after))
     if html is not None:
-        write_text(found.to_html(), html)
-    _show(found, as_json)
+        write_text(found.to_html(title=f"{before.name} → {after.name}"), html)
+    if full and not as_json:
+        typer.echo(found.text(full=True))
+    else:
+        _show(found, as_json)
 
 
 @application.command()
@@ -200,7 +204,10 @@ def _show(thing: Any, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(thing.to_json(), indent=2) + "\n")
     else:
-        _output.print(thing)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = _WIDTH_OF_FILES
+        console.print(thing)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from graphopt.errors import DataError, GraphoptError
+from graphopt.errors import DataError
 from graphopt.export.report import ROLLED_BACK, Report, Step, WeightFate
 from graphopt.export.write import save
 from graphopt.inputs.calibration import Calibration, as_array
@@ -26,7 +27,7 @@ from graphopt.ir.opset import check_opset
 from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
 from graphopt.passes.contract import Context, Pass, Semantics
-from graphopt.pipeline import Budget, Evaluate, Guard, run_passes
+from graphopt.pipeline import DEFECT, Budget, Evaluate, Guard, run_passes
 from graphopt.progress import Progress
 from graphopt.recipe import Recipe, resolve
 
@@ -125,7 +126,9 @@ def optimize(
         context = Context(target=target, threads=threads, sizes=sizes, calibration=data)
         progress.start("measure the input")
         steps = [guard.first_step()]
+        start = time.perf_counter()
         accepted = guard.judge("(canonical)", canonical, Semantics.EXACT, must_keep=True)
+        accepted = replace(accepted, seconds=time.perf_counter() - start)
         steps.append(accepted)
         if accepted.status == ROLLED_BACK:
             best, history = original, {name: [] for name in original.graph.initializers}
@@ -265,7 +268,11 @@ def _data_sentence(data: Calibration | None, feeds: Sequence[Any]) -> str:
 
 def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
     """What was asked for and not delivered: a broken canonical form, or lossy passes without a fallback in the recipe."""
-    missed = [f"{step.name}: {step.reason}" for step in steps if step.name == "(canonical)" and step.reason]
+    missed = [
+        f"{step.name}: {step.reason}"
+        for step in steps
+        if step.reason is not None and (step.name == "(canonical)" or step.reason.startswith(DEFECT))
+    ]
     lossy = {single.name for single in recipe.passes if single.semantics is Semantics.LOSSY}
     if explicit or recipe.tolerance is None:
         missed += [
@@ -282,7 +289,7 @@ def _fates(
     """What became of each weight: the passes that changed it, or the remark that explains why none did."""
     reasons = {remark.where: f"{remark.what}: {remark.why}" for step in steps for remark in step.remarks}
     rolled_back = [f"{step.name} was rolled back" for step in steps if step.status == ROLLED_BACK]
-    default = rolled_back[0] if rolled_back else "no pass of the recipe rewrites it"
+    default = rolled_back[0] if rolled_back else "the recipe found nothing around it to fold, fuse, merge or quantize"
     fates: list[WeightFate] = []
     for name, value in canonical.graph.initializers.items():
         tensor = value.const_value

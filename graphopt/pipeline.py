@@ -19,7 +19,7 @@ from graphopt.ir.check import check_structure
 from graphopt.ir.compare import Comparison, compare_runs, exact_tolerance
 from graphopt.ir.cost import cost
 from graphopt.ir.session import Session, open_session
-from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.passes.contract import Context, Pass, Remark, Semantics
 
 Evaluate = Callable[[onnxruntime.InferenceSession], float]
 """The user's metric of a session, higher is better."""
@@ -204,12 +204,20 @@ def run_passes(
         start = time.perf_counter()
         on_start(single.name)
         candidate = best.clone()
-        result = single.run(candidate, context)
-        if not result.modified:
-            step = Step(single.name, UNCHANGED, size_of(best, context.sizes))
+        try:
+            result = single.run(candidate, context)
+        except GraphoptError:
+            raise
+        except Exception as error:  # a defect of a pass must not cost the user the passes before and after it
+            step = Step(single.name, ROLLED_BACK, size_of(best, context.sizes), reason=_defect(error))
+            remarks: tuple[Remark, ...] = ()
         else:
-            step = guard.judge(single.name, candidate, single.semantics)
-        step = replace(step, seconds=time.perf_counter() - start, remarks=result.remarks)
+            remarks = result.remarks
+            if result.modified:
+                step = guard.judge(single.name, candidate, single.semantics)
+            else:
+                step = Step(single.name, UNCHANGED, size_of(best, context.sizes))
+        step = replace(step, seconds=time.perf_counter() - start, remarks=remarks)
         if step.status == APPLIED:
             _record_changes(history, best, candidate, single.name)
             best = candidate
@@ -259,6 +267,14 @@ def measure_metric(evaluate: Evaluate, session: onnxruntime.InferenceSession) ->
             help="return one finite number, higher is better",
         )
     return number
+
+
+DEFECT = "the pass failed"
+"""How the reason starts where a pass raised something that graphopt does not raise on purpose."""
+
+
+def _defect(error: Exception) -> str:
+    return f"{DEFECT}: {type(error).__name__}: {error} (a defect of graphopt, please report it)"
 
 
 def _rejected(step: Step, reason: str) -> Step:

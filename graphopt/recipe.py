@@ -21,16 +21,16 @@ else:
 
 _EXACT: tuple[str, ...] = (
     "eliminate-identity",
-    "fuse-pad",
+    "fold-constants",
+    "fuse-attention",
+    "fuse-normalization",
+    "fuse-activations",
     "pool-reduce-mean",
+    "fuse-pad",
     "fold-batchnorm",
     "fold-affine",
     "merge-branches",
     "merge-linear",
-    "fuse-activations",
-    "fuse-normalization",
-    "fuse-attention",
-    "fold-constants",
     "merge-common-subexpressions",
     "eliminate-dead-code",
 )
@@ -97,9 +97,10 @@ def resolve(recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str]) -> R
     """The recipe behind a preset name, the path of a TOML file, a list of passes (or their names), or itself."""
     if isinstance(recipe, Recipe):
         return recipe
-    if isinstance(recipe, (str, os.PathLike)):
-        text = os.fspath(recipe)
-        return read_recipe(text) if text.endswith(".toml") or os.path.exists(text) else preset(text)
+    if isinstance(recipe, str):
+        return read_recipe(recipe) if recipe.endswith(".toml") else preset(recipe)
+    if isinstance(recipe, os.PathLike):
+        return read_recipe(recipe)
     if isinstance(recipe, Pass):
         return Recipe(recipe.name, (recipe,))
     passes = tuple(build_pass(entry) if isinstance(entry, str) else entry for entry in recipe)
@@ -175,8 +176,8 @@ def build_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     }
     try:
         return kind(**values)
-    except GraphoptError:
-        raise
+    except GraphoptError as error:
+        raise RecipeError(error.what, where=f"pass {name}", help=error.help) from error
     except (TypeError, ValueError) as error:
         raise RecipeError(f"bad option of pass {name}: {error}", where=name) from error
 

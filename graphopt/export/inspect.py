@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from graphopt.inputs.calibration import Calibration
 from graphopt.inputs.probes import symbolic_sizes
@@ -62,16 +63,7 @@ class Inspection:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for heading, values in (("input", self.inputs), ("output", self.outputs)):
-            for name, kind in values.items():
-                yield f"{heading:7} {name}: {kind}"
-        yield f"opset   {', '.join(f'{domain or "ai.onnx"} {version}' for domain, version in self.opsets.items())}"
-        if self.dynamic:
-            yield f"dynamic {', '.join(f'{name} (counted as {size})' for name, size in self.dynamic.items())}"
-        yield (
-            f"{self.nodes} nodes, {self.parameters:,} parameters, {self.macs:,} MACs, "
-            f"{self.weight_bytes / 1e6:.2f} MB of weights"
-        )
+        yield Text("\n".join(self._lines()))
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("operator")
         for column in ("count", "MACs", "parameters"):
@@ -84,10 +76,25 @@ class Inspection:
         table.add_column("type")
         table.add_column("bytes", justify="right")
         for name, kind, size in self.largest_weights:
-            table.add_row(name, kind, f"{size:,}")
+            table.add_row(Text(name), Text(kind), f"{size:,}")
         yield table
         if self.unknown:
-            yield f"cost unknown: {', '.join(self.unknown)}"
+            yield Text(f"cost unknown: {', '.join(self.unknown)}")
+
+    def _lines(self) -> list[str]:
+        lines = [f"input   {name}: {kind}" for name, kind in self.inputs.items()]
+        lines += [f"output  {name}: {kind}" for name, kind in self.outputs.items()]
+        opsets = [f"{domain or 'ai.onnx'} {version}" for domain, version in self.opsets.items()]
+        lines.append(f"opset   {', '.join(opsets)}")
+        if self.dynamic:
+            lines.append(
+                f"dynamic {', '.join(f'{name} (counted as {size})' for name, size in self.dynamic.items())}"
+            )
+        lines.append(
+            f"{self.nodes} nodes, {self.parameters:,} parameters, {self.macs:,} MACs, "
+            f"{self.weight_bytes / 1e6:.2f} MB of weights"
+        )
+        return lines
 
 
 def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None = None) -> Inspection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,35 +174,33 @@ class Report:
         )
         title = f"graphopt · {self.source} · recipe {self.recipe} · {self.target} ({threads}) · {self.data}"
         yield Text(title, style="bold")
-        yield self._steps_table()
+        yield self._steps_table(wide=options.max_width >= _WIDE)
         yield Group(*(Text(line, style=style) for line, style in self._closing_lines()))
 
-    def _steps_table(self) -> Table:
+    def _steps_table(self, *, wide: bool) -> Table:
+        """One row a step that did something; a narrow screen does without the columns that the JSON also has."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("#", justify="right")
         table.add_column("pass", no_wrap=True)
-        for heading in ("nodes", "", "params", "MACs", "size", "ms", "±", "x", "error", "metric", "s"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        shown = [column for column in _COLUMNS if wide or column.always]
+        for column in shown:
+            table.add_column(column.heading, justify="right", no_wrap=True)
         previous: Step | None = None
-        unchanged = [step.name for step in self.steps if step.status == UNCHANGED]
         for number, step in enumerate(self.steps):
             if step.status == UNCHANGED:
                 continue
-            change = (
-                "" if previous is None else f"{step.size.nodes - previous.size.nodes:+d}".replace("+0", "=")
-            )
-            style = "yellow" if step.status == ROLLED_BACK else None
-            name = step.name if step.status != ROLLED_BACK else f"{step.name} (rolled back)"
-            table.add_row(str(number), name, str(step.size.nodes), change, *_figures(step), style=style)
-            if step.status != ROLLED_BACK:
-                previous = step
-        if unchanged:
-            table.caption = f"nothing to do: {', '.join(unchanged)}"
-            table.caption_justify = "left"
+            rolled_back = step.status == ROLLED_BACK
+            name = f"{step.name} (rolled back)" if rolled_back else step.name
+            cells = [column.cell(step, previous) for column in shown]
+            table.add_row(str(number), name, *cells, style="yellow" if rolled_back else None)
+            previous = previous if rolled_back else step
         return table
 
     def _closing_lines(self) -> list[tuple[str, str]]:
         lines: list[tuple[str, str]] = []
+        unchanged = [step.name for step in self.steps if step.status == UNCHANGED]
+        if unchanged:
+            lines.append((f"   nothing to do: {', '.join(unchanged)}", "dim"))
         for step in self.steps:
             if step.status == ROLLED_BACK:
                 lines.append((f"   {step.name} rolled back: {step.reason}", "yellow"))
@@ -254,19 +252,38 @@ class Report:
         return next(step for step in reversed(self.steps) if step.status != ROLLED_BACK)
 
 
-def _figures(step: Step) -> Sequence[str]:
-    latency = step.latency
-    return (
-        _count(step.size.parameters),
-        _count(step.size.macs),
-        _bytes(step.size.weight_bytes),
-        "-" if latency is None else f"{latency.median:.3g}",
-        "-" if latency is None else f"{latency.spread:.0%}",
-        "-" if step.speed is None else f"{step.speed:.2f}",
-        "-" if step.error is None else _error(step.error),
-        "-" if step.metric is None else f"{step.metric:.4g}",
-        f"{step.seconds:.1f}",
-    )
+@dataclass(frozen=True)
+class _Column:
+    """One column of the steps table: how to write it, given the step and the one kept before it."""
+
+    heading: str
+    cell: Callable[[Step, Step | None], str]
+    always: bool = True
+
+
+def _nodes(step: Step, previous: Step | None) -> str:
+    change = 0 if previous is None else step.size.nodes - previous.size.nodes
+    return f"{step.size.nodes} ({change:+d})" if change else str(step.size.nodes)
+
+
+def _or_dash(value: Any, text: Callable[[Any], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+_WIDE = 100
+"""Characters from which the table shows all its columns."""
+_COLUMNS = (
+    _Column("nodes", _nodes),
+    _Column("params", lambda step, _: _count(step.size.parameters), always=False),
+    _Column("MACs", lambda step, _: _count(step.size.macs), always=False),
+    _Column("size", lambda step, _: _bytes(step.size.weight_bytes)),
+    _Column("ms", lambda step, _: _or_dash(step.latency, lambda latency: f"{latency.median:.3g}")),
+    _Column("±", lambda step, _: _or_dash(step.latency, lambda latency: f"{latency.spread:.0%}"), always=False),
+    _Column("x", lambda step, _: _or_dash(step.speed, lambda speed: f"{speed:.2f}")),
+    _Column("error", lambda step, _: _or_dash(step.error, lambda error: _error(error))),
+    _Column("metric", lambda step, _: _or_dash(step.metric, lambda metric: f"{metric:.4g}")),
+    _Column("s", lambda step, _: f"{step.seconds:.1f}", always=False),
+)
 
 
 def _error(comparison: Comparison) -> str:

@@ -8,14 +8,13 @@ BatchNormalization and elementwise ops with constants are both such a map; what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.linear import LINEAR_OPS, Linear, channel_axis, is_padded, linear_at, linear_producing
-from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op, require_sole_consumer
+from graphopt.ir.rewrite import DeclinedError, Rewriter, integers, is_op, require_sole_consumer
 
 Affine = Callable[[int, int, "int | None"], tuple[np.ndarray, np.ndarray]]
 """Scale and shift, each float64 [channels], of x -> s x + t, from number of channels, channel axis and rank.
@@ -76,7 +75,8 @@ def _map_for(linear: Linear, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
     axis = linear.in_axis if linear.rank is None else channel_axis(linear.in_axis, linear.rank)
     scale, shift = affine(linear.in_channels, axis, linear.rank)
     if shift.any():
-        if is_op(linear.node, "ConvTranspose") and math.prod(linear.kernel) != 1:
+        spread = (*linear.kernel, *(integers(linear.node, "strides") or ()))
+        if is_op(linear.node, "ConvTranspose") and any(step != 1 for step in spread):
             raise DeclinedError("each output of ConvTranspose sees another part of the shift")
         if is_padded(linear.node):
             raise DeclinedError(f"{linear.node.op_type} pads with zeros, which the shift does not reach")

@@ -16,6 +16,9 @@ from graphopt.ir.session import open_session
 _LARGE = 1024
 """Bytes from which a weight is declared instead of copied: checks need its type, not its content."""
 
+_WITHOUT_INITIALIZER_INPUTS = 4
+"""First ir_version in which initializers need not be inputs; onnxruntime writes such files with version 3 too."""
+
 
 def check_structure(model: ir.Model) -> None:
     """Raise `InvalidGraphError` where the graph is not valid ONNX; the message names the node.
@@ -87,6 +90,7 @@ def declared_proto(model: ir.Model) -> onnx.ModelProto:
         value.const_value = None
         if not value.is_graph_input():
             graph.inputs.append(value)
+    shell.ir_version = max(shell.ir_version, _WITHOUT_INITIALIZER_INPUTS)
     return ir.to_proto(shell)
 
 

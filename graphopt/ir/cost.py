@@ -118,9 +118,7 @@ class ModelCost:
         for entry in self.nodes:
             groups.setdefault(entry.operator, []).append(entry)
         sums = [_operator_cost(operator, entries) for operator, entries in groups.items()]
-        return tuple(
-            sorted(sums, key=lambda item: (-item.macs, -item.bytes_read - item.bytes_written, item.operator))
-        )
+        return tuple(sorted(sums, key=lambda item: (-item.macs, -item.bytes_read - item.bytes_written, item.operator)))
 
 
 def cost(
@@ -171,6 +169,10 @@ def storage_bytes(count: int, dtype: ir.DataType) -> int:
 _WITHOUT_WIDTH = (ir.DataType.STRING, ir.DataType.UNDEFINED)
 
 
+class _UnknownSizeError(Exception):
+    """The bytes of a tensor are not known, because its shape or its element type is not."""
+
+
 class _Count:
     """One count: walks the graphs in order and remembers which initializers have been counted."""
 
@@ -197,9 +199,7 @@ class _Count:
     def _larger_branch(self, branches: Sequence[ir.Graph]) -> list[NodeCost]:
         costs = [list(self._graph(branch)) for branch in branches]
         largest = max(costs, key=_weight)
-        return [
-            entry for entries in costs for entry in (entries if entries is largest else _scaled(entries, 0))
-        ]
+        return [entry for entries in costs for entry in (entries if entries is largest else _scaled(entries, 0))]
 
     def _repeated(self, node: ir.Node, bodies: Sequence[ir.Graph]) -> list[NodeCost]:
         runs = trip_count(self.facts.site(node))
@@ -218,7 +218,7 @@ class _Count:
         macs, unknown = self._macs(node, row)
         try:
             read, written = self._bytes(node, row)
-        except UnknownShapeError as error:
+        except _UnknownSizeError as error:
             read, written, unknown = 0, 0, unknown or str(error)
         return NodeCost(node, 1, macs, parameters, weight_bytes, read, written, unknown)
 
@@ -235,8 +235,7 @@ class _Count:
     def _site(self, node: ir.Node, row: OpRow) -> Site:
         """As `Facts.site`, with constants of structural inputs only: no weight is read from disk."""
         constants = [
-            self.facts.constant(value) if index in row.structural else None
-            for index, value in enumerate(node.inputs)
+            self.facts.constant(value) if index in row.structural else None for index, value in enumerate(node.inputs)
         ]
         return Site(
             node,
@@ -247,28 +246,30 @@ class _Count:
 
     def _bytes(self, node: ir.Node, row: OpRow | None) -> tuple[int, int]:
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        written = sum(self._size(node, value) for value in used)
+        written = sum(self._size(value) for value in used)
         distinct = list(dict.fromkeys(value for value in node.inputs if value is not None))
-        read = sum(self._size(node, value) for value in distinct)
+        read = sum(self._size(value) for value in distinct)
         if row is not None and not row.reads_all and node.inputs and node.inputs[0] is not None:
-            whole = self._size(node, node.inputs[0])
-            touched = elements(self._shape(node, node.outputs[0]))
-            if node.inputs[0].dtype is not None:
-                read -= max(whole - storage_bytes(touched, node.inputs[0].dtype), 0)
+            whole = self._size(node.inputs[0])
+            touched = elements(self._shape(node.outputs[0]))
+            dtype = self.facts.dtypes.get(node.inputs[0], node.inputs[0].dtype)
+            if dtype is not None:
+                read -= max(whole - storage_bytes(touched, dtype), 0)
         return read, written
 
-    def _size(self, node: ir.Node, value: ir.Value) -> int:
+    def _size(self, value: ir.Value) -> int:
         """Bytes of a tensor; sequences and optionals, whose elements no type counts, are 0."""
         if value.type is not None and not isinstance(value.type, (ir.TensorType, ir.SparseTensorType)):
             return 0
-        if value.dtype is None:
-            raise UnknownShapeError(node, f"{value.name!r} (its element type)")
-        return storage_bytes(elements(self._shape(node, value)), value.dtype)
+        dtype = self.facts.dtypes.get(value, value.dtype)
+        if dtype is None:
+            raise _UnknownSizeError(f"element type of {value.name!r} is unknown")
+        return storage_bytes(elements(self._shape(value)), dtype)
 
-    def _shape(self, node: ir.Node, value: ir.Value) -> Shape:
+    def _shape(self, value: ir.Value) -> Shape:
         shape = self.facts.shape(value)
         if shape is None:
-            raise UnknownShapeError(node, repr(value.name))
+            raise _UnknownSizeError(f"shape of {value.name!r} is unknown")
         return shape
 
     def _weights(self, node: ir.Node, row: OpRow | None) -> tuple[int, int]:

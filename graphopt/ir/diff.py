@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx
-import numpy as np
 import onnx_ir as ir
 from rich.text import Text
 
-from graphopt.ir.matching import Matching, Side, WeightPair, match, paired_by_name
-from graphopt.ir.text import dtype_text, node_text, op_text, shape_text, type_text, value_text
+from graphopt.ir.correspondence import Correspondence, Side, correspond, paired_by_name
+from graphopt.ir.text import node_text, op_text, type_text, value_text
+from graphopt.ir.weight_pairs import WeightPair, weight_change, weight_type
 
 _LISTED = 8
 """How many lines of one kind the printed form shows before it says how many more there are."""
@@ -60,7 +59,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """What differs between two models. Falsy where nothing does. `str`, rich's `print`, `to_json` and `to_html` show it.
+    """What differs between two models; falsy where nothing does.
+
+    `str`, rich's `print`, `to_json` and `to_html` show it.
 
     Names do not count, except those of the model's inputs and outputs; nor does the order of nodes or weights.
 
@@ -80,7 +81,7 @@ class GraphDiff:
     weights_added: tuple[tuple[str, ir.Value], ...]
     before: Totals
     after: Totals
-    matching: Matching = field(repr=False, compare=False)
+    correspondence: Correspondence = field(repr=False, compare=False)
 
     @property
     def hunks(self) -> list[Hunk]:
@@ -88,15 +89,11 @@ class GraphDiff:
         return [hunk for group in self.groups for hunk in group]
 
     def __bool__(self) -> bool:
-        return bool(
-            self.groups or self.interface or self.weights_changed or self.weights_removed or self.weights_added
-        )
+        return bool(self.groups or self.interface or self.weights_changed or self.weights_removed or self.weights_added)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; the same in every process. Nothing is left out."""
-        ops = {
-            op: [self.before.ops[op], self.after.ops[op]] for op in sorted({*self.before.ops, *self.after.ops})
-        }
+        ops = {op: [self.before.ops[op], self.after.ops[op]] for op in sorted({*self.before.ops, *self.after.ops})}
         return {
             "equal": not self,
             "nodes": [self.before.nodes, self.after.nodes],
@@ -109,9 +106,7 @@ class GraphDiff:
                 "removed": [{"name": name, "type": weight_type(value)} for name, value in self.weights_removed],
                 "added": [{"name": name, "type": weight_type(value)} for name, value in self.weights_added],
             },
-            "groups": [
-                {"count": len(group), "hunks": [hunk.to_json() for hunk in group]} for group in self.groups
-            ],
+            "groups": [{"count": len(group), "hunks": [hunk.to_json() for hunk in group]} for group in self.groups],
         }
 
     def text(self, *, full: bool = False) -> str:
@@ -164,7 +159,9 @@ class GraphDiff:
 
     def _totals(self) -> Iterator[str]:
         a, b = self.before, self.after
-        ops = sorted({op for op in (*a.ops, *b.ops) if a.ops[op] != b.ops[op]}, key=lambda op: (b.ops[op] - a.ops[op], op))
+        ops = sorted(
+            {op for op in (*a.ops, *b.ops) if a.ops[op] != b.ops[op]}, key=lambda op: (b.ops[op] - a.ops[op], op)
+        )
         changes = "      ".join(f"{op} {a.ops[op]} -> {b.ops[op]}" for op in ops)
         yield f"nodes    {_arrow(a.nodes, b.nodes)}" + (f"        {changes}" if changes else "")
         yield f"weights  {_arrow(a.parameters, b.parameters)}      bytes {_arrow(a.weight_bytes, b.weight_bytes)}" + (
@@ -175,9 +172,9 @@ class GraphDiff:
 def diff(a: ir.Model, b: ir.Model) -> GraphDiff:
     """What differs between two models. Neither is changed.
 
-    Nodes correspond by what they compute (`graphopt.ir.matching`), so that renamed values and reordered nodes are no
-    difference. Bodies of If, Loop and Scan and model functions are compared too. Shapes noted on inner values do
-    not count: they follow from the rest.
+    Nodes correspond by what they compute (`graphopt.ir.correspondence`): renamed values and reordered nodes are no
+    difference, and it is none which of several equal values is read. Bodies of If, Loop and Scan and model functions
+    are compared too. Shapes noted on inner values do not count: they follow from the rest.
 
     Example:
         >>> head = '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y)'
@@ -191,40 +188,17 @@ def diff(a: ir.Model, b: ir.Model) -> GraphDiff:
          -   %h = Identity(%x)
          ~   %y = Relu(%h -> %x)
     """
-    matching = match(a, b)
+    correspondence = correspond(a, b)
     return GraphDiff(
-        groups=_grouped(_hunks(matching), matching),
+        groups=_grouped(_hunks(correspondence), correspondence),
         interface=tuple(_interface_changes(a, b)),
-        weights_changed=tuple(matching.weights.changed),
-        weights_removed=tuple(matching.weights.removed),
-        weights_added=tuple(matching.weights.added),
-        before=_totals(matching.a),
-        after=_totals(matching.b),
-        matching=matching,
+        weights_changed=tuple(correspondence.weights.changed),
+        weights_removed=tuple(correspondence.weights.removed),
+        weights_added=tuple(correspondence.weights.added),
+        before=_totals(correspondence.a),
+        after=_totals(correspondence.b),
+        correspondence=correspondence,
     )
-
-
-def weight_type(value: ir.Value) -> str:
-    """`f32[16,3,3,3]`."""
-    tensor = value.const_value
-    if tensor is None:
-        return type_text(value)
-    return dtype_text(tensor.dtype) + shape_text([int(dim) for dim in tensor.shape.numpy()])
-
-
-def weight_change(pair: WeightPair) -> str:
-    """`f32[16] -> f32[8]`, or where only the content differs, by how much: max|a-b| / max|a|."""
-    before, after = weight_type(pair.before), weight_type(pair.after)
-    if before != after:
-        return f"{before} -> {after}"
-    a, b = pair.before.const_value, pair.after.const_value
-    if a is None or b is None or not (a.dtype.is_floating_point() or a.dtype.is_integer()) or a.size == 0:
-        return f"{before}, other content"
-    x, y = np.asarray(a.numpy(), np.float64), np.asarray(b.numpy(), np.float64)
-    with np.errstate(all="ignore"):
-        scale, distance = float(np.abs(x).max()), float(np.abs(x - y).max())
-    relative = distance / scale if scale else math.inf
-    return f"{before}, content differs by {relative:.2g} of its largest" if math.isfinite(relative) else f"{before}, other content"
 
 
 def _totals(side: Side) -> Totals:
@@ -276,11 +250,11 @@ def _interface_changes(a: ir.Model, b: ir.Model) -> Iterator[str]:
 # --- hunks ---
 
 
-def _hunks(matching: Matching) -> list[Hunk]:
+def _hunks(correspondence: Correspondence) -> list[Hunk]:
     """The changed nodes, joined where one reads another or both stand for one value."""
-    a, b = matching.a, matching.b
-    removed = [node for node in a.position if node not in matching.nodes]
-    added = [node for node in b.position if node not in matching.partner]
+    a, b = correspondence.a, correspondence.b
+    removed = [node for node in a.position if node not in correspondence.nodes]
+    added = [node for node in b.position if node not in correspondence.partner]
     order = {node: index for index, node in enumerate((*removed, *added))}
     joined: networkx.Graph[ir.Node] = networkx.Graph()
     joined.add_nodes_from(order)
@@ -292,13 +266,13 @@ def _hunks(matching: Matching) -> list[Hunk]:
     names = {value.name: value for node in added for value in node.outputs if value.name}
     for node in removed:
         for value in node.outputs:
-            other = matching.values.get(value) or names.get(value.name)
+            other = correspondence.values.get(value) or names.get(value.name or "")
             producer = other.producer() if other is not None else None
-            if producer in order and (value in matching.values or other not in matching.origin):
+            if producer in order and (value in correspondence.values or other not in correspondence.origin):
                 joined.add_edge(node, producer)
-    rewired = _rewired(matching)
+    rewired = _rewired(correspondence)
     hunks: list[tuple[float, Hunk]] = []
-    place = _places(matching)
+    place = correspondence.places()
     for component in networkx.connected_components(joined):
         nodes = sorted(component, key=lambda node: order[node])
         out = tuple(node for node in nodes if node in a.position)
@@ -309,28 +283,16 @@ def _hunks(matching: Matching) -> list[Hunk]:
     return [hunk for _, hunk in sorted(hunks, key=lambda pair: pair[0])]
 
 
-def _places(matching: Matching) -> dict[ir.Node, float]:
-    """A place in the listing of the first graph for every node of both: added ones come right after what they read."""
-    places: dict[ir.Node, float] = dict(matching.a.position.items())
-    for node in matching.b.position:
-        if node in matching.partner:
-            places[node] = places[matching.partner[node]]
-        else:
-            sources = [value.producer() for value in node.inputs if value is not None]
-            places[node] = max((places[source] + 1e-3 for source in sources if source in places), default=-1.0)
-    return places
-
-
-def _rewired(matching: Matching) -> dict[ir.Node, list[str]]:
+def _rewired(correspondence: Correspondence) -> dict[ir.Node, list[str]]:
     """For each changed node, the lines of kept nodes that read another name now because of it."""
     lines: dict[ir.Node, list[str]] = defaultdict(list)
-    for a, b in matching.nodes.items():
+    for a, b in correspondence.nodes.items():
         moves: list[str] = []
         causes: list[ir.Node] = []
         for before, after in zip(a.inputs, b.inputs, strict=False):
             producers = [
-                value.producer() if value is not None and matching.changed(value, side) else None
-                for value, side in ((before, matching.a), (after, matching.b))
+                value.producer() if value is not None and correspondence.changed(value, side) else None
+                for value, side in ((before, correspondence.a), (after, correspondence.b))
             ]
             found = [producer for producer in producers if producer is not None]
             if found and value_text(before) != value_text(after):
@@ -344,14 +306,14 @@ def _rewired(matching: Matching) -> dict[ir.Node, list[str]]:
     return lines
 
 
-def _grouped(hunks: Iterable[Hunk], matching: Matching) -> tuple[tuple[Hunk, ...], ...]:
+def _grouped(hunks: Iterable[Hunk], correspondence: Correspondence) -> tuple[tuple[Hunk, ...], ...]:
     groups: dict[Hashable, list[Hunk]] = defaultdict(list)
     for hunk in hunks:
-        groups[_shape(hunk, matching)].append(hunk)
+        groups[_shape(hunk, correspondence)].append(hunk)
     return tuple(tuple(group) for group in groups.values())
 
 
-def _shape(hunk: Hunk, matching: Matching) -> Hashable:
+def _shape(hunk: Hunk, correspondence: Correspondence) -> Hashable:
     """What a hunk does, without names and sizes: values and lists (pads, strides) are numbered as they appear."""
     numbers: dict[Hashable, int] = {}
     kinds: dict[Hashable, str] = {}
@@ -363,10 +325,10 @@ def _shape(hunk: Hunk, matching: Matching) -> Hashable:
     def operand(value: ir.Value | None) -> Hashable:
         if value is None:
             return None
-        weight = matching.weights.key.get(value)
+        weight = correspondence.weights.key.get(value)
         if weight is not None:
             return number(weight, "weight")
-        return number(matching.origin.get(value, value), "value")
+        return number(correspondence.origin.get(value, value), "value")
 
     def attribute(name: str, value: ir.Attr) -> Hashable:
         if value.is_ref() or value.type in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):

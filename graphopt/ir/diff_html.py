@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import networkx
 import onnx_ir as ir
 
+from graphopt.ir.correspondence import Correspondence, Side, paired_by_name
 from graphopt.ir.diff_html_assets import SCRIPT, STYLE
-from graphopt.ir.matching import Matching, Side, paired_by_name
 from graphopt.ir.text import attribute_text, node_text, op_text, type_text, value_text
+from graphopt.ir.weight_pairs import weight_change, weight_type
 
 if TYPE_CHECKING:
     from graphopt.ir.diff import GraphDiff
@@ -30,10 +31,10 @@ _LANE, _ROW, _LANES = 12, 30, 6
 _NAME = 30
 """Characters of a name that a row shows, its end; the line at the foot of the page shows all of it."""
 _FAMILIES = (
+    ("quant", ("Quantize", "Integer")),  # before linear: QuantizeLinear is none
     ("linear", ("Conv", "Gemm", "MatMul", "Linear", "Attention", "LSTM", "GRU", "Einsum")),
     ("norm", ("Norm",)),
-    ("quant", ("Quantize", "Integer")),
-    ("shape", ("Reshape", "Transpose", "Concat", "Split", "Slice", "Squeeze", "Flatten", "Gather", "Pad", "Expand", "Shape")),
+    ("shape", ("Shape", "shape", "Transpose", "Concat", "Split", "Slice", "queeze", "Flatten", "Gather", "Expand")),
     ("pool", ("Pool", "Reduce")),
     ("control", ("If", "Loop", "Scan")),
 )  # fmt: skip
@@ -76,7 +77,7 @@ def render(difference: GraphDiff, title: str) -> str:
             _header(difference, title),
             f'<div id="body"><nav id="side">{_sidebar(difference)}</nav>',
             f'<main id="graphs"><div class="heads"><b>before</b><b>after</b></div>{page.rows()}</main></div>',
-            '<footer id="line">Click a row to see its whole line here, a value to see where it is made and read.</footer>',
+            '<footer id="line">Click a row to see its whole line, a value to see where it is made and read.</footer>',
             f"<script>{SCRIPT}</script></body></html>",
         )
     )
@@ -127,21 +128,22 @@ def _sidebar(difference: GraphDiff) -> str:
         number += count
         head = group[0]
         ops = " ".join(
-            [f'<span class="out">{escape(_counted(map(op_text, head.removed)))}</span>' if head.removed else ""]
-            + [f'<span class="in">{escape(_counted(map(op_text, head.added)))}</span>' if head.added else ""]
+            f'<span class="{css}">{escape(_counted(map(op_text, nodes)))}</span>'
+            for css, nodes in (("out", head.removed), ("in", head.added))
+            if nodes
         )
         times = f"<em>×{count}</em>" if count > 1 else ""
         scope = f"<small>in {escape(head.scope)}</small>" if head.scope else ""
-        links = "".join(
-            f'<a href="#h{first + index}">{escape(hunk.anchor)}</a>' for index, hunk in enumerate(group)
+        links = "".join(f'<a href="#h{first + index}">{escape(hunk.anchor)}</a>' for index, hunk in enumerate(group))
+        parts.append(
+            f'<details class="group"><summary data-hunk="{first}">{ops} {times}{scope}</summary>{links}</details>'
         )
-        parts.append(f'<details class="group"><summary data-hunk="{first}">{ops} {times}{scope}</summary>{links}</details>')
     if not difference.groups:
         parts.append("<p>none in the nodes</p>")
     parts += _listed("interface", [escape(line) for line in difference.interface], opened=True)
-    from graphopt.ir.diff import weight_change, weight_type  # diff.py imports this module in the call that needs it
-
-    weights = [f'<span class="both">%{escape(p.name)}</span> {escape(weight_change(p))}' for p in difference.weights_changed]
+    weights = [
+        f'<span class="both">%{escape(p.name)}</span> {escape(weight_change(p))}' for p in difference.weights_changed
+    ]
     parts += _listed("weights changed", weights)
     for word, css, listed in (
         ("removed", "out", difference.weights_removed),
@@ -156,7 +158,8 @@ def _listed(name: str, lines: Sequence[str], *, opened: bool = False) -> Iterato
     if lines:
         items = "".join(f"<li>{line}</li>" for line in lines)
         state = ' open="open"' if opened else ""
-        yield f'<details class="list"{state}><summary><h2>{name} <small>{len(lines)}</small></h2></summary><ul>{items}</ul></details>'
+        head = f"<summary><h2>{name} <small>{len(lines)}</small></h2></summary>"
+        yield f'<details class="list"{state}>{head}<ul>{items}</ul></details>'
 
 
 def _counted(names: Iterable[str]) -> str:
@@ -170,7 +173,7 @@ class _Page:
     """The rows of both graphs in one order, and their markup."""
 
     def __init__(self, difference: GraphDiff) -> None:
-        self.matching: Matching = difference.matching
+        self.correspondence: Correspondence = difference.correspondence
         self.hunks = difference.hunks
         self.numbers: dict[ir.Value, int] = {}
 
@@ -180,7 +183,7 @@ class _Page:
         markup = [self._row(row, [lane.svg(index) for lane in lanes]) for index, row in enumerate(rows)]
         kept = [False] * len(rows)
         for index, row in enumerate(rows):
-            if row.hunk is not None or "io" in ((row.left or row.right).kind if row.left or row.right else ""):
+            if row.hunk is not None or any(cell and cell.kind == "io" for cell in (row.left, row.right)):
                 for near in range(max(0, index - _CONTEXT), min(len(rows), index + _CONTEXT + 1)):
                     kept[near] = True
         return "".join(self._folded(rows, markup, kept))
@@ -206,12 +209,10 @@ class _Page:
             start = end
 
     def _ordered(self) -> Iterator[_Row]:
-        found = self.matching
+        found = self.correspondence
         for a, b in _interface(list(found.a.model.graph.inputs), list(found.b.model.graph.inputs)):
             yield _Row(self._port("input", a), self._port("input", b))
-        hunk_of = {
-            node: index for index, hunk in enumerate(self.hunks) for node in (*hunk.removed, *hunk.added)
-        }
+        hunk_of = {node: index for index, hunk in enumerate(self.hunks) for node in (*hunk.removed, *hunk.added)}
         blocks: list[list[_Row]] = []
         block_of: dict[ir.Node, int] = {}
         for node in found.a.position:
@@ -233,28 +234,24 @@ class _Page:
         hunk = self.hunks[index]
         for node in (*hunk.removed, *hunk.added):
             block_of[node] = len(blocks)
-        left = [self._node(node, self.matching.a) for node in hunk.removed]
-        right = [self._node(node, self.matching.b) for node in hunk.added]
+        left = [self._node(node, self.correspondence.a) for node in hunk.removed]
+        right = [self._node(node, self.correspondence.b) for node in hunk.added]
         blocks.append([_Row(a, b, index, place == 0) for place, (a, b) in enumerate(zip_longest(left, right))])
 
     def _block_order(self, block_of: Mapping[ir.Node, int], count: int) -> list[int]:
         """Blocks so that in both graphs producers come first; where changes make that impossible, as in the first."""
         order: networkx.DiGraph[int] = networkx.DiGraph()
         order.add_nodes_from(range(count))
-        for side in (self.matching.a, self.matching.b):
+        for side in (self.correspondence.a, self.correspondence.b):
             for node in side.position:
-                sources = [value.producer() for value in node.inputs if value is not None]
-                for source in (*sources, side.owner[node]):
-                    if source in block_of and block_of[source] != block_of[node]:
-                        order.add_edge(block_of[source], block_of[node])
-        # What comes from the first graph keeps its place; a block of new nodes comes right after its last source.
+                producers = [value.producer() for value in node.inputs if value is not None]
+                found = (block_of.get(source, -1) for source in (*producers, side.owner[node]) if source is not None)
+                sources = {block for block in found if block >= 0}
+                order.add_edges_from((source, block_of[node]) for source in sources - {block_of[node]})
+        places = self.correspondence.places()
         rank: dict[int, float] = {}
         for node, block in block_of.items():
-            if node in self.matching.a.position:
-                rank[block] = min(rank.get(block, float("inf")), self.matching.a.position[node])
-        for block in range(count):
-            if block not in rank:
-                rank[block] = max((rank.get(source, -1.0) for source in order.predecessors(block)), default=-1.0) + 0.5
+            rank[block] = min(rank.get(block, float("inf")), places[node])
         if networkx.is_directed_acyclic_graph(order):
             return list(networkx.lexicographical_topological_sort(order, key=lambda block: (rank[block], block)))
         return sorted(range(count), key=lambda block: (rank[block], block))
@@ -279,7 +276,7 @@ class _Page:
             f'<b class="op {family}">{escape(op)}</b><s>{escape(kind)}</s> {outputs} '
             f"<u>←</u> {inputs}{f' <s>{{{escape(attributes)}}}</s>' if attributes else ''}"
         )
-        reads = tuple(v for v in node.inputs if v is not None and v not in self.matching.weights.key)
+        reads = tuple(v for v in node.inputs if v is not None and v not in self.correspondence.weights.key)
         depth = side.scope[node].count(".") if side.owner[node] is not None else 0
         plain = node_text(node) + (f"    in {side.scope[node]}" if side.scope[node] else "")
         plain += f"    node {node.name}" if node.name else ""
@@ -288,9 +285,9 @@ class _Page:
     def _value(self, value: ir.Value | None) -> str:
         if value is None:
             return "_"
-        shared = self.matching.origin.get(value, value)
+        shared = self.correspondence.origin.get(value, value)
         number = self.numbers.setdefault(shared, len(self.numbers))
-        weight = ' class="w"' if value in self.matching.weights.key else ""
+        weight = ' class="w"' if value in self.correspondence.weights.key else ""
         name = value_text(value)
         shown = name if len(name) <= _NAME else f"%…{name[2 - _NAME :]}"
         return f'<a data-v="{number}"{weight}>{escape(shown)}</a>'
@@ -355,10 +352,15 @@ class _Lanes:
         if at is not None:
             for value in sources:
                 start, end = _x(before[value]), _x(at)
-                paths.append(f"M{start} 0" + (f"V{middle}" if start == end else f"C{start} {middle} {end} 2 {end} {middle}"))
+                paths.append(
+                    f"M{start} 0" + (f"V{middle}" if start == end else f"C{start} {middle} {end} 2 {end} {middle}")
+                )
             for lane in targets.values():
                 start, end = _x(at), _x(lane)
-                paths.append(f"M{start} {middle}" + (f"V{_ROW}" if start == end else f"C{start} {_ROW} {end} {middle} {end} {_ROW}"))
+                paths.append(
+                    f"M{start} {middle}"
+                    + (f"V{_ROW}" if start == end else f"C{start} {_ROW} {end} {middle} {end} {_ROW}")
+                )
         dot = f'<circle cx="{_x(at)}" cy="{middle}" r="4"/>' if at is not None else ""
         return f'<path d="{"".join(dict.fromkeys(paths))}"/>{dot}'
 

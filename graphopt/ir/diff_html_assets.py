@@ -22,10 +22,10 @@ h2{font-size:11px;letter-spacing:.06em;text-transform:uppercase;color:var(--dim)
 color:var(--ink);white-space:nowrap}
 .chip i{font-style:normal;font-weight:600}.chip.less i{color:var(--out)}.chip.more i{color:var(--in)}
 .chip.same{color:var(--in);font-weight:600}
-.tools{display:flex;gap:6px;align-items:center}
+.tools{display:flex;gap:6px;align-items:center;margin-left:auto}
 .tools input{width:190px;padding:5px 9px;border:1px solid var(--line);border-radius:6px;background:var(--bg);color:inherit;font:inherit}
 .tools button{padding:4px 9px;border:1px solid var(--line);border-radius:6px;background:var(--bg);color:inherit;font:inherit;cursor:pointer}
-.tools button:hover{border-color:var(--accent)}#hits{color:var(--dim);font-size:12px;min-width:52px;text-align:right}
+.tools button:hover{border-color:var(--accent)}#hits{color:var(--dim);font-size:12px}
 #body{flex:1;display:flex;min-height:0}
 #side{width:270px;flex:none;overflow:auto;border-right:1px solid var(--line);background:var(--panel);padding:14px 12px;font-size:13px}
 #side h2 small,#side summary small{font-weight:400;color:var(--dim)}
@@ -58,7 +58,7 @@ svg{flex:none}path{fill:none;stroke:var(--edge);stroke-width:1.5}circle{fill:var
 .op{display:inline-block;line-height:19px;border-radius:5px;padding:0 7px;margin-right:8px;font-weight:600;
 background:color-mix(in srgb,var(--hue,#8793a5) 16%,transparent);color:color-mix(in srgb,var(--hue,#8793a5) 72%,var(--ink))}
 .linear{--hue:#2f63d6}.norm{--hue:#b3491d}.quant{--hue:#8a3fc0}.shape{--hue:#8a7a1f}.pool{--hue:#0f8a84}.control{--hue:#c02f7d}
-.io{--hue:#1d2430}
+.io{--hue:var(--dim)}
 .t a{cursor:pointer;border-radius:3px}.t a.w{color:var(--dim)}.t a:hover{text-decoration:underline}
 a.on{background:var(--mark)}.hit .cell{background:var(--mark)}
 .run>summary{cursor:pointer;padding:5px 14px;color:var(--dim);font-size:12px;background:var(--panel);
@@ -67,7 +67,7 @@ border-block:1px solid var(--line);list-style-position:inside}
 footer{border-top:1px solid var(--line);background:var(--panel);padding:7px 18px;min-height:34px;max-height:120px;overflow:auto;
 font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere;white-space:pre-wrap}
 @media(max-width:900px){#side{display:none}}
-"""
+"""  # noqa: E501
 
 SCRIPT = """
 (function(){
@@ -118,4 +118,4 @@ document.addEventListener("keydown",function(e){
   if(e.key==="/"){e.preventDefault();$("find").focus()}});
 if(location.hash&&$(location.hash.slice(1))&&heads.indexOf($(location.hash.slice(1)))>=0)go($(location.hash.slice(1)));
 })();
-"""
+"""  # noqa: E501

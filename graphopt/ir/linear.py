@@ -248,7 +248,8 @@ def is_padded(node: ir.Node) -> bool:
         return True
     explicit = auto_pad is None or auto_pad.as_string() == "NOTSET"
     pads = integers(node, "pads") or ()
-    return (explicit and any(pads)) or any(integers(node, "output_padding") or ())
+    sized = any(integers(node, "output_padding") or ()) or "output_shape" in node.attributes
+    return sized or (explicit and any(pads))
 
 
 def channel_vector(array: np.ndarray, axis: int, channels: int, of_rank: int | None) -> np.ndarray:

@@ -102,17 +102,23 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
         ) from error
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
-        _load_small_weights(model)
+    _hold_weights(model)
     sort_nodes(model)
     return model
 
 
-def _load_small_weights(model: ir.Model) -> None:
-    """Read small external tensors into memory: shape constants must be at hand, large weights stay mapped."""
+def _hold_weights(model: ir.Model) -> None:
+    """Hold each weight as one array that all sessions share.
+
+    A tensor over a proto copies its bytes whenever it is read. External tensors stay mapped from their file, but
+    for small ones: shape constants must be at hand.
+    """
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL_WEIGHT:
+            if isinstance(tensor, ir.TensorProtoTensor) or (
+                isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL_WEIGHT
+            ):
                 value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 

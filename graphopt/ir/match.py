@@ -196,11 +196,8 @@ def require_closed(nodes: Collection[ir.Node], result: ir.Value) -> None:
                 raise DeclinedError(f"the result {output.name} of {node.op_type} is also a graph output", node)
             outsiders = [use.node for use in output.uses() if use.node not in nodes]
             if outsiders:
-                raise DeclinedError(
-                    f"the result {output.name} of {node.op_type} is also read by {outsiders[0].op_type} "
-                    f"{outsiders[0].name}",
-                    node,
-                )
+                reader = f"{outsiders[0].op_type} {outsiders[0].name or ''}".rstrip()
+                raise DeclinedError(f"the result {output.name} of {node.op_type} is also read by {reader}", node)
 
 
 def discard(nodes: Collection[ir.Node]) -> None:
@@ -235,7 +232,7 @@ def _combine(op_type: str, operands: list[Mapping[Monomial, float]]) -> Mapping[
         inverse = _inverse(second)
         return None if inverse is None else _product(first, inverse)
     exponent = second.get(monomial()) if second.keys() <= {monomial()} else None  # Pow
-    if exponent not in range(1, _HIGHEST_DEGREE + 1):
+    if exponent is None or exponent not in range(1, _HIGHEST_DEGREE + 1):
         return None
     power = first
     for _ in range(int(exponent) - 1):

@@ -250,18 +250,26 @@ class _Propagation:
             return None
 
     def _shapes(self, node: ir.Node) -> None:
+        """Shapes by the row where it has a rule, else by onnx, else as declared; element types likewise."""
         inferred = self._infer(node)
         row = self.table.row(node.domain, node.op_type, self.opsets.get(node.domain, 1))
         for index, value in enumerate(node.outputs):
             if value in self.facts.shapes or not value.name:
                 continue
-            shape = inferred.get(index)
-            if shape is None and row is not None and row.shape is not None:
+            shape = None
+            if row is not None and row.shape is not None:
                 shape = self._by_row(row.shape, node, index)
+            if shape is None:
+                shape = inferred.get(index)
             if shape is None:
                 shape = self._declared(value)
             if shape is not None:
                 self.facts.shapes[value] = shape
+        first = node.outputs[0] if node.outputs else None
+        if first is not None and first not in self.facts.dtypes and row is not None and row.shape is not None:
+            dtype = row.output_element_type(node, self.facts.dtypes)
+            if dtype is not None:
+                self.facts.dtypes[first] = dtype
 
     def _declared(self, value: ir.Value) -> Shape | None:
         """The shape written in the model, where each of its symbols is one that has a size."""
@@ -367,9 +375,12 @@ class _Propagation:
         elif node.op_type == "Scan":
             scans = _integer(node, "num_scan_inputs") or 0
             states = len(node.inputs) - scans
-            length = self.facts.shape(node.inputs[states]) if scans else None
+            first = self.facts.shape(node.inputs[states]) if scans else None
+            length = None if first is None else first[self._scan_axes(node, "scan_input_axes", scans)[0]]
+            axes = self._scan_axes(node, "scan_output_axes", len(found) - states)
             stacked = [
-                None if shape is None or not length else (length[0], *shape) for shape in found[states:]
+                None if shape is None or length is None else _inserted(shape, axis, length)
+                for shape, axis in zip(found[states:], axes, strict=True)
             ]
             self._agree(node.outputs, [[*found[:states], *stacked]])
 
@@ -381,14 +392,20 @@ class _Propagation:
             scans = _integer(node, "num_scan_inputs") or 0
             states = len(node.inputs) - scans
             sources = [self.facts.shape(value) for value in node.inputs[:states]]
-            for value in node.inputs[states:]:
+            axes = self._scan_axes(node, "scan_input_axes", scans)
+            for value, axis in zip(node.inputs[states:], axes, strict=True):
                 shape = self.facts.shape(value)
-                sources.append(None if shape is None else shape[1:])
+                sources.append(None if shape is None else tuple(np.delete(shape, axis).tolist()))
         for value, shape in zip(body.inputs, sources, strict=False):
             if value.dtype is not None:
                 self.facts.dtypes[value] = value.dtype
             if shape is not None:
                 self.facts.shapes[value] = shape
+
+    @staticmethod
+    def _scan_axes(node: ir.Node, name: str, count: int) -> Sequence[int]:
+        attribute = node.attributes.get(name)
+        return [0] * count if attribute is None else list(attribute.as_ints())
 
     def _agree(self, values: Sequence[ir.Value], alternatives: Sequence[Sequence[Shape | None]]) -> None:
         for index, value in enumerate(values):
@@ -401,6 +418,12 @@ class _Propagation:
                 declared = self._declared(value)
                 if declared is not None:
                     self.facts.shapes[value] = declared
+
+
+def _inserted(shape: Shape, axis: int, size: int) -> Shape:
+    """The shape with one more axis, `axis` counted in the result."""
+    position = axis if axis >= 0 else axis + len(shape) + 1
+    return (*shape[:position], size, *shape[position:])
 
 
 def _holds_graphs(attribute: ir.Attr) -> bool:

@@ -100,7 +100,7 @@ def from_text(text: str) -> ir.Model:
 
 def _parse_error(text: str, error: Exception) -> LoadError:
     message = str(error)
-    if message.startswith("b'") or message.startswith('b"'):  # onnx passes the C++ message on as bytes
+    if message.startswith(("b'", 'b"')):  # onnx passes the C++ message on as bytes
         message = str(error.args[0], "utf-8", "replace") if isinstance(error.args[0], bytes) else message[2:-1]
     message = message.replace("\\n", "\n").strip()
     reason = message.splitlines()[-1] if message else type(error).__name__
@@ -128,9 +128,7 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
             for attribute in node.attributes.values():
                 if not attribute.is_ref() and attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
                     tensors = (
-                        [attribute.as_tensor()]
-                        if attribute.type == ir.AttributeType.TENSOR
-                        else attribute.as_tensors()
+                        [attribute.as_tensor()] if attribute.type == ir.AttributeType.TENSOR else attribute.as_tensors()
                     )
                     yield from ((f"attribute {attribute.name} of {describe(node)}", tensor) for tensor in tensors)
 
@@ -145,9 +143,7 @@ def node_text(node: ir.Node) -> str:
         outputs.pop()
     left = ", ".join(typed_text(value) if value.name else "_" for value in outputs)
     inputs = ", ".join(value_text(value) for value in node.inputs)
-    attributes = ", ".join(
-        f"{name}={attribute_text(attribute)}" for name, attribute in sorted(node.attributes.items())
-    )
+    attributes = ", ".join(f"{name}={attribute_text(attribute)}" for name, attribute in sorted(node.attributes.items()))
     return f"{left} = {op_text(node)}({inputs})" + (f" {{{attributes}}}" if attributes else "")
 
 
@@ -215,7 +211,11 @@ def attribute_text(attribute: ir.Attr) -> str:
     if kind == ir.AttributeType.GRAPHS:
         return f"[{','.join(f'graph({len(graph)})' for graph in attribute.as_graphs())}]"
     value = attribute.value
-    return f"[{','.join(_scalar_text(item) for item in value)}]" if isinstance(value, (list, tuple)) else _scalar_text(value)
+    return (
+        f"[{','.join(_scalar_text(item) for item in value)}]"
+        if isinstance(value, (list, tuple))
+        else _scalar_text(value)
+    )
 
 
 def tensor_text(tensor: ir.TensorProtocol, *, digest: bool) -> str:
@@ -234,7 +234,7 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
         return hashlib.sha256(content).hexdigest()
     array = tensor.numpy()
     if array.dtype.isbuiltin and array.dtype.byteorder in "=|<" and array.flags.c_contiguous:
-        return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()  # no copy
+        return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()  # no copy
     return hashlib.sha256(tensor.tobytes()).hexdigest()
 
 
@@ -242,7 +242,11 @@ def _scalar_text(value: object) -> str:
     if isinstance(value, bool | int):
         return str(value).lower()
     if isinstance(value, float):
-        return np.format_float_positional(value, 7, fractional=False, trim="0") if 1e-4 <= abs(value) < 1e6 else f"{value:.7g}"
+        return (
+            np.format_float_positional(value, 7, fractional=False, trim="0")
+            if 1e-4 <= abs(value) < 1e6
+            else f"{value:.7g}"
+        )
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
@@ -307,10 +311,14 @@ def _graph_lines(graph: ir.Graph | ir.Function, indent: str, weights: bool) -> I
     nodes = topological(graph)
     if isinstance(graph, ir.Graph):
         used = dict.fromkeys(value for node in nodes for value in operands(node) if value.is_initializer())
-        unused = sorted((value for value in graph.initializers.values() if value not in used), key=lambda v: v.name or "")
+        unused = sorted(
+            (value for value in graph.initializers.values() if value not in used), key=lambda v: v.name or ""
+        )
         for value in (*used, *unused):
             if value.graph is graph and value not in inputs:
-                content = type_text(value) if value.const_value is None else tensor_text(value.const_value, digest=weights)
+                content = (
+                    type_text(value) if value.const_value is None else tensor_text(value.const_value, digest=weights)
+                )
                 yield f"{indent}weight {value_text(value)}: {content}"
     for node in nodes:
         yield indent + node_text(node)

@@ -9,7 +9,6 @@ torch is imported inside the functions: the ONNX path must not load it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,8 @@ from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.trace_blame import is_data_dependent, reason, user_code
 from graphopt.ir.trace_export import EXPORTERS, Chatter, ExportMismatchError, quiet
 from graphopt.ir.trace_shapes import open_sizes, without_ones
-from graphopt.ir.trace_subject import Subject, inference_state, make_subject, output_names, training_note
-from graphopt.ir.trace_verify import Evidence, disagreement, gather_evidence, is_random
+from graphopt.ir.trace_subject import Subject, inference_state, make_subject, output_names
+from graphopt.ir.trace_verify import Evidence, correct_output_shapes, disagreement, gather_evidence, is_random
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +78,6 @@ def trace(
         ('[batch,3]', ['weight', 'bias'])
     """
     subject = make_subject(module_or_program, args, kwargs, dynamic_shapes)
-    note = training_note(subject.module) if subject.module is module_or_program else None
-    if note is not None:
-        subject.notes.append(note)
     with inference_state(subject):
         outputs = output_names(subject)
         tensors = _export_inputs(subject)
@@ -115,7 +111,6 @@ def _attempt(
     """Export with one exporter and verify. None, and the failure recorded, where that does not work out."""
     import torch
 
-    notes = list(subject.notes)
     with quiet() as chatter, torch.no_grad():
         try:
             model = EXPORTERS[exporter](subject, tensors, outputs)
@@ -128,9 +123,7 @@ def _attempt(
             attempts.data_dependent = attempts.data_dependent or is_data_dependent(error)
             return None
     if attempts.data_dependent and chatter.bakes_values:
-        attempts.failed(
-            exporter, "it followed the branch that the example inputs take, and only that", chatter
-        )
+        attempts.failed(exporter, "it followed the branch that the example inputs take, and only that", chatter)
         return None
     evidence = gather_evidence(subject, model)
     wrong = disagreement(model, evidence)
@@ -140,11 +133,9 @@ def _attempt(
             raise _random(subject)
         attempts.failed(exporter, wrong, chatter)
         return None
-    if attempts.failures:
-        notes += [
-            f"exported with {exporter}; {other} failed: {why}" for other, why in attempts.failures.items()
-        ]
-    return _canonical(model, subject, evidence, [*notes, *subject.notes[len(notes) :]])
+    fallen_back = [f"exported with {exporter}; {other} failed: {why}" for other, why in attempts.failures.items()]
+    correct_output_shapes(model, evidence)
+    return _canonical(model, subject, evidence, [*subject.notes, *fallen_back])
 
 
 def _canonical(model: ir.Model, subject: Subject, evidence: Evidence, notes: Sequence[str]) -> ir.Model:
@@ -188,11 +179,10 @@ def _failure(subject: Subject, attempts: _Attempts) -> TraceError:
         way_out = "report it to torch.onnx; replacing the operations behind that output often helps"
     else:
         what = f"torch cannot export {name} to ONNX"
-        way_out = (
-            "rewrite it with operations that ONNX has, or export the model yourself and use graphopt.load"
-        )
+        way_out = "rewrite it with operations that ONNX has, or export the model yourself and use graphopt.load"
     lines = [what]
     for exporter, why in attempts.failures.items():
         lines.append(f"  {exporter}: {why}")
-        lines += [f"    | {re.sub(chr(27) + r'[^m]*m', '', line)}" for line in attempts.said[exporter]]
+        if not attempts.data_dependent:  # then the line says it all
+            lines += [f"    | {line}" for line in attempts.said[exporter]]
     return TraceError("\n".join(lines), where=attempts.where, help=way_out)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _OPSET_OF_DYNAMO = 21
 _OPSET_OF_TORCHSCRIPT = 20
 """The highest that the TorchScript exporter writes; the canonical form lifts it."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CHILD = "module."
 """Where the user's module hangs in `Subject.flat`, and so the prefix of every parameter name."""
 
@@ -43,14 +46,17 @@ class Chatter:
     warnings: list[warnings.WarningMessage] = field(default_factory=list)
 
     def lines(self, limit: int = 6) -> list[str]:
-        """The last lines, for an error message."""
-        said = [line.rstrip() for line in self.stream.getvalue().splitlines() if line.strip()]
+        """The last lines, for an error message: without deprecations, which only torch's own developers can mend."""
+        said = [line.rstrip() for line in self.stream.getvalue().splitlines()]
         said += [
-            f"{w.category.__name__}: {str(w.message).strip().splitlines()[0]}"
+            f"{w.category.__name__}: {str(w.message).strip().partition(chr(10))[0]}"
             for w in self.warnings
-            if str(w.message).strip()
+            if not issubclass(w.category, (DeprecationWarning, FutureWarning))
         ]
-        return [line[:200] for line in said[-limit:]]
+        telling = [
+            _ANSI.sub("", line)[:200] for line in said if line.strip() and "torchvision is not installed" not in line
+        ]
+        return telling[-limit:]
 
     @property
     def bakes_values(self) -> bool:
@@ -112,34 +118,9 @@ def export_dynamo(subject: Subject, tensors: Sequence[torch.Tensor], outputs: Se
 
 
 def export_torchscript(subject: Subject, tensors: Sequence[torch.Tensor], outputs: Sequence[str]) -> ir.Model:
-    """Export by TorchScript tracing (`dynamo=False`).
-
-    Training mode is "preserve" and constant folding off: otherwise the exporter folds BatchNormalization and
-    the transposes of weights, and parameters lose their names. The file carries no weights
-    (`export_params=False`), they are attached from the module: no second copy, no 2 GiB limit.
-    """
-    import torch
-
+    """Export by TorchScript tracing (`dynamo=False`); the weights are attached from the module."""
     places = [f"graphopt_input_{index}" for index in range(len(tensors))]
-    file = io.BytesIO()
-    torch.onnx.export(
-        subject.flat,
-        tuple(tensors),
-        file,  # pyright: ignore[reportArgumentType]  (TorchScript takes a buffer)
-        dynamo=False,
-        opset_version=_OPSET_OF_TORCHSCRIPT,
-        input_names=places,
-        output_names=[f"graphopt_output_{index}" for index in range(len(outputs))],
-        dynamic_axes={
-            place: {axis: wish.name or f"{place}_dim_{axis}" for axis, wish in asked.items()}
-            for place, asked in zip(places, subject.axes, strict=True)
-            if asked
-        },
-        do_constant_folding=False,
-        export_params=False,
-        training=torch.onnx.TrainingMode.PRESERVE,
-    )
-    model = ir.from_proto(onnx.load_from_string(file.getvalue()))
+    model = ir.from_proto(onnx.load_from_string(_torchscript_file(subject, tensors, places, len(outputs))))
     state = subject.state()
     inputs = {value.name: value for value in model.graph.inputs}
     model.graph.inputs.clear()
@@ -152,13 +133,63 @@ def export_torchscript(subject: Subject, tensors: Sequence[torch.Tensor], output
     for name, value in inputs.items():
         weight = state.get(str(name).removeprefix(_CHILD))
         if weight is None:
-            raise ExportMismatchError(
-                f"the model has an input {name} that is neither an argument nor a parameter"
-            )
+            raise ExportMismatchError(f"the model has an input {name} that is neither an argument nor a parameter")
         value.const_value = _adapter(weight.detach())
         model.graph.register_initializer(value)
     _finish(model, subject, outputs)
     return model
+
+
+def _torchscript_file(subject: Subject, tensors: Sequence[torch.Tensor], places: Sequence[str], outputs: int) -> bytes:
+    """The ONNX file that the TorchScript exporter writes, without weights: they are inputs named like parameters.
+
+    Training mode is "preserve" and constant folding off: otherwise the exporter folds BatchNormalization and the
+    transposes of weights, and parameters lose their names. Without weights there is no second copy of them and no
+    2 GiB limit.
+    """
+    import torch
+
+    file = io.BytesIO()
+    with _descriptor_diverted():
+        torch.onnx.export(
+            subject.flat,
+            tuple(tensors),
+            file,  # pyright: ignore[reportArgumentType]  (TorchScript takes a buffer)
+            dynamo=False,
+            opset_version=_OPSET_OF_TORCHSCRIPT,
+            input_names=places,
+            output_names=[f"graphopt_output_{index}" for index in range(outputs)],
+            dynamic_axes={
+                place: {axis: wish.name or f"{place}_dim_{axis}" for axis, wish in asked.items()}
+                for place, asked in zip(places, subject.axes, strict=True)
+                if asked
+            },
+            do_constant_folding=False,
+            export_params=False,
+            training=torch.onnx.TrainingMode.PRESERVE,
+        )
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def _descriptor_diverted() -> Generator[None]:
+    """Throw away what is written to the process's standard output, by whatever thread.
+
+    The TorchScript exporter prints the whole graph from C++ when it fails (torch 2.13 switches that log on, whatever
+    its setting), where `redirect_stdout` does not reach.
+    """
+    try:
+        saved = os.dup(1)
+    except OSError:  # no standard output at all
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 Exporter = Callable[[Subject, "Sequence[torch.Tensor]", "Sequence[str]"], ir.Model]
@@ -236,9 +267,7 @@ def _separate_outputs(graph: ir.Graph) -> None:
 
 def _make_way(graph: ir.Graph, names: set[str], keep: set[int]) -> None:
     """Rename inner values and weights that no module owns whose name the interface needs."""
-    taken = (
-        {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers) | names
-    )
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers) | names
     inner = [value for node in graph.all_nodes() for value in node.outputs]
     for value in [*inner, *graph.initializers.values()]:
         if value.name in names and id(value) not in keep:

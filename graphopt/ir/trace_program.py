@@ -59,9 +59,7 @@ def program_module(program: torch.export.ExportedProgram, notes: list[str]) -> t
         graph_module.recompile()
     if switched:
         which = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
-        notes.append(
-            f"the exported program contains training code; it was traced in its inference form ({which})"
-        )
+        notes.append(f"the exported program contains training code; it was traced in its inference form ({which})")
     return module
 
 

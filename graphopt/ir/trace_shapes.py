@@ -81,8 +81,7 @@ def dynamic_axes(
     if unknown:
         raise _misfit(f"no argument is called {', '.join(unknown)}; arguments are {', '.join(arguments)}")
     return [
-        _axes_of_tensor(_below(dynamic_shapes, path), path, tensor)
-        for path, tensor in zip(paths, tensors, strict=True)
+        _axes_of_tensor(_below(dynamic_shapes, path), path, tensor) for path, tensor in zip(paths, tensors, strict=True)
     ]
 
 
@@ -101,9 +100,7 @@ def name_symbols(
             symbol = _symbol(value, axis)
             if symbol is None:
                 if wish.required:
-                    broken.append(
-                        f"axis {axis} of input `{value.name}` came out as {tensor.shape[axis]}, not dynamic"
-                    )
+                    broken.append(f"axis {axis} of input `{value.name}` came out as {tensor.shape[axis]}, not dynamic")
             elif _IDENTIFIER.fullmatch(symbol) and not wish.derived:
                 default = f"{re.sub(r'[^0-9A-Za-z_]', '_', str(value.name))}_dim_{axis}"
                 renamed.setdefault(symbol, wish.name or default)
@@ -145,9 +142,7 @@ def other_sizes(
         allowed = [size for size in choices if low[symbol] <= size and (top is None or size <= top)]
         return next((size for size in allowed if size != sizes[symbol]), sizes[symbol])
 
-    doubled = {
-        name: within(name, 2 * size, high[name] or 0, size // 2, low[name]) for name, size in sizes.items()
-    }
+    doubled = {name: within(name, 2 * size, high[name] or 0, size // 2, low[name]) for name, size in sizes.items()}
     halved = {name: within(name, max(size // 2, 2), 2 * size) for name, size in sizes.items()}
     return [choice for choice in (doubled, halved) if choice != dict(sizes)]
 

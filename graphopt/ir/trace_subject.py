@@ -61,9 +61,7 @@ class Subject:
         }
 
 
-def make_subject(
-    source: object, args: object, kwargs: Mapping[str, Any] | None, dynamic_shapes: object
-) -> Subject:
+def make_subject(source: object, args: object, kwargs: Mapping[str, Any] | None, dynamic_shapes: object) -> Subject:
     """Flatten a module or program and its example inputs.
 
     Raises:
@@ -80,6 +78,7 @@ def make_subject(
         module = program_module(source, notes)
     elif isinstance(source, torch.nn.Module):
         module = _unwrapped(source)
+        notes += _training_notes(module)
     else:
         raise DataError(
             f"cannot trace a {type(source).__name__}",
@@ -112,9 +111,7 @@ def _flattened(
     leaves, structure = pytree.tree_flatten_with_path(arguments)
     places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     if not places:
-        raise DataError(
-            "the example inputs hold no tensor", help="pass tensors (or numpy arrays) that forward() takes"
-        )
+        raise DataError("the example inputs hold no tensor", help="pass tensors (or numpy arrays) that forward() takes")
     parameters = _parameter_names(module)
     paths = [_argument_path(path, parameters) for path, _ in leaves]
     baked = {
@@ -124,7 +121,7 @@ def _flattened(
     }
     if baked:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in baked.items())
-        notes.append(f"arguments that are not tensors are fixed in the model: {values}")
+        notes.append(f"arguments that are no tensors are fixed in the model: {values}")
     tensors = [leaves[place][1].detach().clone() for place in places]
     return Subject(
         module,
@@ -136,9 +133,7 @@ def _flattened(
     )
 
 
-def _flat_module(
-    module: torch.nn.Module, leaves: list[Any], places: list[int], structure: Any
-) -> torch.nn.Module:
+def _flat_module(module: torch.nn.Module, leaves: list[Any], places: list[int], structure: Any) -> torch.nn.Module:
     """`module` behind a signature of tensors only; the leaves that are not tensors are filled in as they
     were."""
     import torch
@@ -151,7 +146,6 @@ def _flat_module(
             super().__init__()
             self.module = module
             self.training = False
-            self.output_paths: list[tuple[Any, ...]] | None = None
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             filled = list(fixed)
@@ -199,11 +193,15 @@ def output_names(subject: Subject) -> list[str]:
     finally:
         hook.remove()
     leaves, _ = pytree.tree_flatten_with_path(_with_dataclasses_registered(captured[-1]))
-    names = [
-        path_name([_key(entry) for entry in path], "output")
-        for path, leaf in leaves
-        if isinstance(leaf, torch.Tensor)
+    named = [(path_name([_key(entry) for entry in path], "output"), leaf) for path, leaf in leaves]
+    names = [name for name, leaf in named if isinstance(leaf, torch.Tensor)]
+    dropped = [
+        f"{name} ({type(leaf).__name__})"
+        for name, leaf in named
+        if leaf is not None and not isinstance(leaf, torch.Tensor)
     ]
+    if dropped:
+        subject.notes.append(f"outputs that are no tensors are left out: {', '.join(dropped)}")
     if not names:
         raise DataError(
             "the module returns no tensor on these example inputs",
@@ -224,7 +222,9 @@ def inference_state(subject: Subject) -> Generator[None]:
 
     modules = list(subject.module.modules())
     modes = [module.training for module in modules]
-    tables = [dict(module._buffers) for module in modules]  # pyright: ignore[reportPrivateUsage]
+    # A buffer may be replaced (`self.cache = ...`) or written to. TorchScript modules have no table of their own.
+    tables = [module._buffers for module in modules]  # pyright: ignore[reportPrivateUsage]
+    before = [(table, dict(table)) for table in tables if type(table) is dict]
     buffers = [(buffer, buffer.detach().clone()) for buffer in subject.module.buffers()]
     versions = [buffer._version for buffer, _ in buffers]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -236,27 +236,28 @@ def inference_state(subject: Subject) -> Generator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode, table in zip(modules, modes, tables, strict=True):
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-            module._buffers.update(table)  # pyright: ignore[reportPrivateUsage]
+        for table, entries in before:
+            table.update(entries)
         with torch.no_grad():
-            for (buffer, before), version in zip(buffers, versions, strict=True):
+            for (buffer, values), version in zip(buffers, versions, strict=True):
                 if buffer._version != version:
-                    buffer.copy_(before)
+                    buffer.copy_(values)
 
 
-def training_note(module: torch.nn.Module) -> str | None:
-    """What to tell the user about a module that was left in training mode, or None."""
+def _training_notes(module: torch.nn.Module) -> list[str]:
+    """What to tell the user about a module that was left in training mode."""
     training = [part for part in module.modules() if part.training]
     if not training:
-        return None
+        return []
     affected = Counter(
         type(part).__name__
         for part in training
         if re.search(r"Dropout|BatchNorm|RReLU|InstanceNorm", type(part).__name__)
     )
     which = ", ".join(f"{count} {name}" for name, count in sorted(affected.items()))
-    return "the module is in training mode; it was traced in eval mode" + (f" ({which})" if which else "")
+    return ["the module is in training mode; it was traced in eval mode" + (f" ({which})" if which else "")]
 
 
 def path_name(path: Sequence[object], root: str) -> str:

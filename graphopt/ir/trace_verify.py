@@ -28,23 +28,25 @@ class Evidence:
 
     inputs: list[list[np.ndarray]] = field(default_factory=list)
     outputs: list[list[np.ndarray]] = field(default_factory=list)
+    sizes: list[Mapping[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, subject: Subject, tensors: Sequence[torch.Tensor]) -> None:
-        """Run the module once more and keep what went in and came out."""
+    def add(self, subject: Subject, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
+        """Run the module once more, at these sizes of the model's symbols, and keep what went in and came out."""
         self.outputs.append(arrays(subject.run(tensors)))
         self.inputs.append(arrays(tensors))
+        self.sizes.append(sizes)
 
 
 def gather_evidence(subject: Subject, model: ir.Model) -> Evidence:
     """Run the module on the example inputs, and on a second size of the sizes that `model` leaves open."""
     evidence = Evidence()
-    evidence.add(subject, subject.tensors)
     sizes = open_sizes(model, subject.tensors)
+    evidence.add(subject, subject.tensors, sizes)
     refused = ""
     for choice in other_sizes(model, subject.axes, sizes):
         try:
-            evidence.add(subject, resized(model, subject.tensors, choice))
+            evidence.add(subject, resized(model, subject.tensors, choice), choice)
         except Exception as error:  # whatever the user's code raises: this size is not for it
             refused = refused or f"{_sizes(choice)}: {first_line(error, 120)}"
         else:
@@ -77,14 +79,36 @@ def disagreement(model: ir.Model, evidence: Evidence) -> str | None:
     allowed = {name: exact_tolerance(array) for name, array in zip(names, evidence.outputs[0], strict=True)}
     wrong = [
         f"output `{output.name}` "
-        + (
-            output.reason
-            or f"differs by {output.error:.1e} of its scale (allowed: {allowed[output.name]:.0e})"
-        )
+        + (output.reason or f"differs by {output.error:.1e} of its scale (allowed: {allowed[output.name]:.0e})")
         for output in comparison.outputs
         if not output.error <= allowed.get(output.name, 0.0)
     ]
     return "; ".join(wrong) or None
+
+
+def correct_output_shapes(model: ir.Model, evidence: Evidence) -> None:
+    """Open the output sizes that the exporter declares as numbers and that the evidence refutes, in place.
+
+    torch.export does so behind a recurrent layer over a dynamic axis. Where a declared size is wrong, the shapes
+    that it comes from inside the graph are not to be trusted either, and are forgotten.
+    """
+    refuted = False
+    for place, value in enumerate(model.graph.outputs):
+        if value.shape is None:
+            continue
+        shape: list[int | str | None] = [size if isinstance(size, int) else size.value for size in value.shape]
+        for axis, declared in enumerate(shape):
+            found = [run[place].shape[axis] for run in evidence.outputs]
+            if isinstance(declared, int) and any(size != declared for size in found):
+                equal = [name for name in evidence.sizes[0] if [sizes[name] for sizes in evidence.sizes] == found]
+                shape[axis] = equal[0] if len(equal) == 1 else f"{value.name}_dim_{axis}"
+                refuted = True
+        value.shape = ir.Shape(shape)
+    if refuted:
+        for node in model.graph.all_nodes():
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
 
 
 def is_random(subject: Subject, evidence: Evidence) -> bool:

@@ -1,0 +1,66 @@
+"""The passes, and the one place where they are listed."""
+
+from __future__ import annotations
+
+from graphopt.passes.contract import Context, Pass, Remark, RewriteResult, Semantics
+from graphopt.passes.eliminate_dead_code import EliminateDeadCode
+from graphopt.passes.eliminate_identity import EliminateIdentity
+from graphopt.passes.fold_affine import FoldAffine
+from graphopt.passes.fold_batchnorm import FoldBatchnorm
+from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.fuse_activations import FuseActivations
+from graphopt.passes.fuse_attention import FuseAttention
+from graphopt.passes.fuse_normalization import FuseNormalization
+from graphopt.passes.fuse_pad import FusePad
+from graphopt.passes.merge_branches import MergeBranches
+from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
+from graphopt.passes.merge_initializers import MergeInitializers
+from graphopt.passes.merge_linear import MergeLinear
+from graphopt.passes.pool_reduce_mean import PoolReduceMean
+from graphopt.passes.quantize import Quantize
+
+ALL_PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (
+        EliminateDeadCode,
+        EliminateIdentity,
+        FoldConstants,
+        FusePad,
+        PoolReduceMean,
+        FoldBatchnorm,
+        FoldAffine,
+        MergeBranches,
+        MergeLinear,
+        FuseActivations,
+        FuseNormalization,
+        FuseAttention,
+        MergeCommonSubexpressions,
+        MergeInitializers,
+        Quantize,
+    )
+}
+"""Every pass by its name."""
+
+__all__ = [
+    "ALL_PASSES",
+    "Context",
+    "EliminateDeadCode",
+    "EliminateIdentity",
+    "FoldAffine",
+    "FoldBatchnorm",
+    "FoldConstants",
+    "FuseActivations",
+    "FuseAttention",
+    "FuseNormalization",
+    "FusePad",
+    "MergeBranches",
+    "MergeCommonSubexpressions",
+    "MergeInitializers",
+    "MergeLinear",
+    "Pass",
+    "PoolReduceMean",
+    "Quantize",
+    "Remark",
+    "RewriteResult",
+    "Semantics",
+]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.affine import absorb_before, absorb_behind
+from graphopt.ir.affine import Affine, absorb_before, absorb_behind
 from graphopt.ir.linear import channel_vector
 from graphopt.ir.rewrite import (
     DeclinedError,
@@ -18,6 +18,7 @@ from graphopt.ir.rewrite import (
     is_op,
     known_dim,
     rank,
+    require_sole_consumer,
     sole_consumer,
     to_tensor,
 )
@@ -33,7 +34,8 @@ class FoldAffine(Pass):
         behind it:     s (W x + b) + t  =  (s W) x + (s b + t)
         before it:     W (s x + t) + b  =  (W s) x + (b + W t)      no padding, or t = 0
 
-    and a chain of them that stands alone becomes one Mul and one Add at most::
+    Behind a BatchNormalization they go into its scale and bias in the same way (converters from Caffe leave
+    such pairs), and a chain of them that stands alone becomes one Mul and one Add at most::
 
         s2 (s1 x + t1) + t2  =  (s2 s1) x + (s2 t1 + t2)
 
@@ -127,7 +129,12 @@ def _fold_into_linear(rewriter: Rewriter, node: ir.Node) -> bool:
         return behind(channels, axis, of_rank)
 
     refusal: DeclinedError | None = None
-    for absorb, affine in ((absorb_behind, behind), (absorb_before, before)):
+    choices = (
+        (absorb_behind, behind),
+        (_absorb_behind_batchnorm, behind),
+        (absorb_before, before),
+    )
+    for absorb, affine in choices:
         try:
             if absorb(rewriter, node, step.data, affine):
                 return True
@@ -136,6 +143,27 @@ def _fold_into_linear(rewriter: Rewriter, node: ir.Node) -> bool:
     if refusal is not None:
         raise refusal
     return False
+
+
+def _absorb_behind_batchnorm(rewriter: Rewriter, node: ir.Node, data: ir.Value, affine: Affine) -> bool:
+    """Fold the map of `data` into the scale and bias of the BatchNormalization that computes `data`."""
+    normalization = data.producer()
+    if normalization is None or not is_op(normalization, "BatchNormalization"):
+        return False
+    gamma, beta = (constant_float64(value) for value in normalization.inputs[1:3])
+    if gamma is None or beta is None:
+        raise DeclinedError("the scale or bias of BatchNormalization is not constant")
+    require_sole_consumer(data, node)
+    scale, shift = affine(gamma.size, 1, rank(data))
+    tensors = []
+    for index, array in ((1, gamma * scale), (2, beta * scale + shift)):
+        stored = constant_tensor(normalization.inputs[index])
+        assert stored is not None
+        tensors.append((index, to_tensor(array, stored.dtype)))
+    for index, tensor in tensors:
+        rewriter.replace_constant(normalization, index, tensor)
+    rewriter.supersede(node.outputs[0], data)
+    return True
 
 
 def _collapse_chain(rewriter: Rewriter, node: ir.Node) -> bool:
@@ -192,4 +220,5 @@ def _emit_chain(rewriter: Rewriter, node: ir.Node, data: ir.Value, steps: list[t
         constant = rewriter.initializer(node.graph, f"{node.outputs[0].name}_{name}", tensor)
         last = rewriter.insert(last, op_type, [current, constant], like=node.outputs[0], suffix=op_type.lower())
         current = last.outputs[0]
+        current.shape = node.outputs[0].shape if data.shape == node.outputs[0].shape else None
     rewriter.supersede(node.outputs[0], current)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from graphopt.ir.rewrite import constant_tensor, is_op, static_shape
+from graphopt.ir.rewrite import constant_tensor, discard_if_unread, is_op, static_shape
 from graphopt.passes.contract import Context, Pass, Semantics
 
 _KEEP = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -59,6 +59,8 @@ class FoldConstants(Pass):
         )(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for graph in model.graphs():
+            for value in tuple(graph.initializers.values()):
+                discard_if_unread(value)
             for node in graph:
                 if _operands_are_constant(node) and (why := _reason_to_keep(node)) is not None:
                     context.missed("fold constant", why, node)

@@ -96,9 +96,7 @@ class FuseActivations(Pass):
         opset = model.opset_imports.get("", 0)
         rewriter.until_stable(_clip, "fuse clipping", context.missed)
         for idiom in _IDIOMS:
-            if idiom.since > opset:
-                continue
-            rewriter.until_stable(_rule_of(idiom, context.target), f"fuse {idiom.what}", context.missed)
+            rewriter.until_stable(_rule_of(idiom, opset, context.target), f"fuse {idiom.what}", context.missed)
         rewriter.until_stable(_hard_sigmoid, "fuse HardSigmoid", context.missed)
         if context.target == "cpu":
             rewriter.until_stable(_mish, "write Mish by Sigmoid", context.missed)
@@ -141,7 +139,7 @@ _IDIOMS = (
 )
 
 
-def _rule_of(idiom: _Idiom, target: str) -> Callable[[Rewriter, ir.Node], bool]:
+def _rule_of(idiom: _Idiom, opset: int, target: str) -> Callable[[Rewriter, ir.Node], bool]:
     def rule(rewriter: Rewriter, node: ir.Node) -> bool:
         if not is_op(node, idiom.anchor):
             return False
@@ -149,11 +147,15 @@ def _rule_of(idiom: _Idiom, target: str) -> Callable[[Rewriter, ir.Node], bool]:
         if found is None:
             return False
         x, result, nodes = found
+        if opset < idiom.since:
+            raise DeclinedError(f"{idiom.op_type} needs opset {idiom.since}, the model has {opset}")
         if target == "cpu" and x.dtype in _HALF_TYPES:
             raise DeclinedError("onnxruntime has no half-precision kernel and its expansion is slower (x0.94)")
 
         def emit(rewriter: Rewriter, after: ir.Node, x: ir.Value) -> ir.Value:
-            return rewriter.insert(after, idiom.op_type, [x], attributes=dict(idiom.attributes), like=x).outputs[0]
+            return rewriter.insert(
+                after, idiom.op_type, [x], attributes=dict(idiom.attributes), like=x, suffix=idiom.op_type.lower()
+            ).outputs[0]
 
         return _replace(rewriter, result, nodes, x, emit)
 
@@ -180,9 +182,7 @@ def _polynomial(terms: Mapping[tuple[int, int], float], x: ir.Value, anchor: ir.
     return {monomial((x, of_x), (anchor, of_anchor)): number for (of_x, of_anchor), number in terms.items()}
 
 
-def _expand_to(
-    value: ir.Value, atoms: tuple[ir.Value, ...], expected: Mapping[frozenset, float]
-) -> Expansion | None:
+def _expand_to(value: ir.Value, atoms: tuple[ir.Value, ...], expected: Mapping[frozenset, float]) -> Expansion | None:
     """The expansion of `value`, where it is the expected polynomial and constants leave the rank as it is."""
     found = expand(value, atoms)
     if found is None or not found.matches(expected, atoms[0].dtype):
@@ -231,8 +231,12 @@ def _hard_sigmoids(node: ir.Node, high: float) -> Iterator[tuple[ir.Value, ir.Va
 def _emit_hard_sigmoid(alpha: float, beta: float, times_x: bool) -> Emit:
     def emit(rewriter: Rewriter, after: ir.Node, x: ir.Value) -> ir.Value:
         attributes: Attributes = {"alpha": float(np.float32(alpha)), "beta": float(np.float32(beta))}
-        gate = rewriter.insert(after, "HardSigmoid", [x], attributes=attributes, like=x)
-        return rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x).outputs[0] if times_x else gate.outputs[0]
+        gate = rewriter.insert(after, "HardSigmoid", [x], attributes=attributes, like=x, suffix="hardsigmoid")
+        return (
+            rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x, suffix="mul").outputs[0]
+            if times_x
+            else gate.outputs[0]
+        )
 
     return emit
 
@@ -252,12 +256,12 @@ def _clip(rewriter: Rewriter, node: ir.Node) -> bool:
         # Outer(inner(x)): the inner bounds are clipped by the outer ones.
         data, low, high = inner_data, _clipped(inner_low, low, high, low), _clipped(inner_high, low, high, high)
     op_type = "Relu" if low == 0.0 and math.isinf(high) else "Clip"
-    if node.op_type == op_type and len(nodes) == 1 or math.isinf(low) and math.isinf(high):
+    if (node.op_type == op_type and len(nodes) == 1) or (math.isinf(low) and math.isinf(high)):
         return False
 
     def emit(rewriter: Rewriter, after: ir.Node, x: ir.Value) -> ir.Value:
         bounds = [] if op_type == "Relu" else [_bound(rewriter, after, x, name, b) for name, b in _named(low, high)]
-        return rewriter.insert(after, op_type, [x, *bounds], like=x).outputs[0]
+        return rewriter.insert(after, op_type, [x, *bounds], like=x, suffix=op_type.lower()).outputs[0]
 
     return _replace(rewriter, node.outputs[0], nodes, data, emit)
 
@@ -271,9 +275,10 @@ def _named(low: float, high: float) -> Iterator[tuple[str, float]]:
 def _bound(rewriter: Rewriter, after: ir.Node, x: ir.Value, name: str, bound: float) -> ir.Value | None:
     if math.isinf(bound):
         return None
-    assert isinstance(after.graph, ir.Graph) and x.dtype is not None
+    assert isinstance(after.graph, ir.Graph)
+    assert x.dtype is not None
     tensor = ir.Tensor(np.asarray(bound, dtype=x.dtype.numpy()), dtype=x.dtype)
-    return rewriter.initializer(after.graph, f"{after.outputs[0].name}/{name}", tensor)
+    return rewriter.initializer(after.graph, f"{after.outputs[0].name}_{name}", tensor)
 
 
 def _bounds(node: ir.Node) -> tuple[ir.Value, float, float] | None:
@@ -315,15 +320,15 @@ def _mish(rewriter: Rewriter, node: ir.Node) -> bool:
     def emit(rewriter: Rewriter, after: ir.Node, x: ir.Value) -> ir.Value:
         assert isinstance(after.graph, ir.Graph)
         one = rewriter.initializer(
-            after.graph, f"{after.outputs[0].name}/one", ir.Tensor(np.ones((), dtype=np.float32))
+            after.graph, f"{after.outputs[0].name}_one", ir.Tensor(np.ones((), dtype=np.float32))
         )
-        negative = rewriter.insert(after, "Neg", [x], like=x)
-        sigmoid = rewriter.insert(negative, "Sigmoid", negative.outputs, like=x)
-        square = rewriter.insert(sigmoid, "Mul", [sigmoid.outputs[0], sigmoid.outputs[0]], like=x)
-        below = rewriter.insert(square, "Sub", [one, square.outputs[0]], like=x)
-        above = rewriter.insert(below, "Add", [one, square.outputs[0]], like=x)
-        gate = rewriter.insert(above, "Div", [below.outputs[0], above.outputs[0]], like=x)
-        return rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x).outputs[0]
+        negative = rewriter.insert(after, "Neg", [x], like=x, suffix="neg")
+        sigmoid = rewriter.insert(negative, "Sigmoid", negative.outputs, like=x, suffix="sigmoid")
+        square = rewriter.insert(sigmoid, "Mul", [sigmoid.outputs[0], sigmoid.outputs[0]], like=x, suffix="mul")
+        below = rewriter.insert(square, "Sub", [one, square.outputs[0]], like=x, suffix="sub")
+        above = rewriter.insert(below, "Add", [one, square.outputs[0]], like=x, suffix="add")
+        gate = rewriter.insert(above, "Div", [below.outputs[0], above.outputs[0]], like=x, suffix="div")
+        return rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x, suffix="mul").outputs[0]
 
     return _replace(rewriter, found[0], found[1], x, emit)
 
@@ -348,15 +353,16 @@ def _swish(rewriter: Rewriter, node: ir.Node) -> bool:
     alpha = 1.0 if attribute is None else attribute.as_float()
 
     def emit(rewriter: Rewriter, after: ir.Node, x: ir.Value) -> ir.Value:
-        assert isinstance(after.graph, ir.Graph) and x.dtype is not None
+        assert isinstance(after.graph, ir.Graph)
+        assert x.dtype is not None
         scaled, behind = x, after
         if alpha != 1.0:
             tensor = ir.Tensor(np.asarray(alpha, dtype=x.dtype.numpy()), dtype=x.dtype)
-            factor = rewriter.initializer(after.graph, f"{after.outputs[0].name}/alpha", tensor)
-            behind = rewriter.insert(after, "Mul", [x, factor], like=x)
+            factor = rewriter.initializer(after.graph, f"{after.outputs[0].name}_alpha", tensor)
+            behind = rewriter.insert(after, "Mul", [x, factor], like=x, suffix="mul")
             scaled = behind.outputs[0]
-        gate = rewriter.insert(behind, "Sigmoid", [scaled], like=x)
-        return rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x).outputs[0]
+        gate = rewriter.insert(behind, "Sigmoid", [scaled], like=x, suffix="sigmoid")
+        return rewriter.insert(gate, "Mul", [x, gate.outputs[0]], like=x, suffix="mul").outputs[0]
 
     return _replace(rewriter, node.outputs[0], {node}, x, emit)
 

@@ -263,7 +263,8 @@ def _emit(rewriter: Rewriter, found: _Normalization, opset: int) -> bool:
     """Put the operator, or the spelling that onnxruntime fuses, in the place of the result."""
     statistics, source = found.statistics, found.source
     after = found.result.producer()
-    assert after is not None and isinstance(after.graph, ir.Graph)
+    assert after is not None
+    assert isinstance(after.graph, ir.Graph)
     if statistics.mean is None and opset < _RMS_NORM_OPSET:
         spelling = _RMS_NORM_SPELLING[: 5 if found.scale is None else 6]
         if collections.Counter(node.op_type for node in found.nodes) == collections.Counter(spelling):
@@ -281,7 +282,7 @@ def _emit(rewriter: Rewriter, found: _Normalization, opset: int) -> bool:
             "epsilon": statistics.epsilon,
             "stash_type": 1,
         }
-        last = rewriter.insert(after, op_type, inputs, attributes=attributes, like=found.result)
+        last = rewriter.insert(after, op_type, inputs, attributes=attributes, like=found.result, suffix=op_type.lower())
     rewriter.supersede(found.result, last.outputs[0])
     discard(found.nodes)
     up = statistics.x.producer()
@@ -293,24 +294,25 @@ def _emit(rewriter: Rewriter, found: _Normalization, opset: int) -> bool:
 def _root_and_division(rewriter: Rewriter, after: ir.Node, found: _Normalization) -> ir.Node:
     """x / Sqrt(ReduceMean(Pow(x, 2)) + epsilon) * scale, in the spelling that onnxruntime fuses."""
     x = found.source
-    assert isinstance(after.graph, ir.Graph) and x.dtype is not None
+    assert isinstance(after.graph, ir.Graph)
+    assert x.dtype is not None
     name, graph, count = found.result.name, after.graph, found.statistics.axes_count
-    two = rewriter.initializer(graph, f"{name}/two", to_tensor(np.asarray(2.0), x.dtype))
-    epsilon = rewriter.initializer(
-        graph, f"{name}/epsilon", to_tensor(np.asarray(found.statistics.epsilon), x.dtype)
+    two = rewriter.initializer(graph, f"{name}_two", to_tensor(np.asarray(2.0), x.dtype))
+    epsilon = rewriter.initializer(graph, f"{name}_epsilon", to_tensor(np.asarray(found.statistics.epsilon), x.dtype))
+    axes = rewriter.initializer(graph, f"{name}_axes", ir.Tensor(np.arange(-count, 0, dtype=np.int64)))
+    square = rewriter.insert(after, "Pow", [x, two], like=x, suffix="pow")
+    mean = rewriter.insert(square, "ReduceMean", [square.outputs[0], axes], like=x, suffix="reducemean")
+    shifted = rewriter.insert(mean, "Add", [mean.outputs[0], epsilon], like=x, suffix="add")
+    root = rewriter.insert(shifted, "Sqrt", shifted.outputs, like=x, suffix="sqrt")
+    last = rewriter.insert(root, "Div", [x, root.outputs[0]], like=x, suffix="div")
+    return (
+        last
+        if found.scale is None
+        else rewriter.insert(last, "Mul", [last.outputs[0], found.scale], like=x, suffix="mul")
     )
-    axes = rewriter.initializer(graph, f"{name}/axes", ir.Tensor(np.arange(-count, 0, dtype=np.int64)))
-    square = rewriter.insert(after, "Pow", [x, two], like=x)
-    mean = rewriter.insert(square, "ReduceMean", [square.outputs[0], axes], like=x)
-    shifted = rewriter.insert(mean, "Add", [mean.outputs[0], epsilon], like=x)
-    root = rewriter.insert(shifted, "Sqrt", shifted.outputs, like=x)
-    last = rewriter.insert(root, "Div", [x, root.outputs[0]], like=x)
-    return last if found.scale is None else rewriter.insert(last, "Mul", [last.outputs[0], found.scale], like=x)
 
 
-def _weight(
-    rewriter: Rewriter, graph: ir.Graph, found: _Normalization, weight: ir.Value | None, role: str
-) -> ir.Value:
+def _weight(rewriter: Rewriter, graph: ir.Graph, found: _Normalization, weight: ir.Value | None, role: str) -> ir.Value:
     """A weight in the shape of the normalized axes: the constant itself, a reshaped copy, or ones."""
     count, x = found.statistics.axes_count, found.source
     shape = () if x.shape is None else tuple(x.shape)[-count:]
@@ -319,7 +321,7 @@ def _weight(
     sizes = tuple(int(size) for size in shape if isinstance(size, int))
     if weight is None:
         ones = np.ones(sizes, dtype=np.float64)
-        return rewriter.initializer(graph, f"{found.result.name}/{role}", to_tensor(ones, x.dtype))
+        return rewriter.initializer(graph, f"{found.result.name}_{role}", to_tensor(ones, x.dtype))
     array = constant(weight)
     assert array is not None
     if array.shape == sizes and weight.dtype == x.dtype:
@@ -331,4 +333,4 @@ def _weight(
         reshaped = np.broadcast_to(array.reshape(array.shape[len(leading) :]), sizes)
     except ValueError:
         raise DeclinedError(f"the weight {weight.name} of shape {list(array.shape)} does not fit the axes") from None
-    return rewriter.initializer(graph, f"{weight.name}/{role}", to_tensor(reshaped, x.dtype))
+    return rewriter.initializer(graph, f"{weight.name}_{role}", to_tensor(reshaped, x.dtype))

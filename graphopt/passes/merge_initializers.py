@@ -46,8 +46,6 @@ class MergeInitializers(Pass):
         "fuse-pad",
         "merge-linear",
         "merge-branches",
-        "prune",
-        "decompose",
         "quantize",
     )
 

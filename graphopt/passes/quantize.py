@@ -15,9 +15,9 @@ from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import constant, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
 from graphopt.passes.quantize_apply import apply_plan, weight_axis
-from graphopt.passes.quantize_datafree import probes, steered
+from graphopt.passes.quantize_datafree import observe_probes
 from graphopt.passes.quantize_legalize import legalize
-from graphopt.passes.quantize_placement import Placement, already_quantized, node_name, place
+from graphopt.passes.quantize_placement import Placement, already_quantized, data_inputs, place, scaling_factor
 from graphopt.passes.quantize_plan import OperatorPlan, QuantizePlan, TensorPlan
 from graphopt.passes.quantize_ranges import RANGES, activation_range, asymmetric_quantizer, symmetric_scales
 
@@ -137,9 +137,9 @@ class Quantize(Pass):
             found = observe(model, names, context.calibration, histograms=histograms, threads=context.threads)
             sources = dict.fromkeys(names, "calibration")
         else:
-            copy, anchored = steered(model)
-            feeds = probes(model, context.sizes)
-            found = observe(copy, names, feeds, histograms=histograms, threads=context.threads)
+            found, anchored = observe_probes(
+                model, names, context.sizes, histograms=histograms, threads=context.threads
+            )
             sources = {
                 value.name or "": "batchnorm" if _origin(value).name in anchored else "probes"
                 for value in placement.quantized
@@ -203,12 +203,14 @@ def _origin(value: ir.Value) -> ir.Value:
 
 def _input_scale(value: ir.Value, placement: Placement, scale_of: Mapping[str, float]) -> float:
     """Scale of the integers that `value` arrives on: its own quantizer, or the one it was moved from."""
+    factor = 1.0
     while (value.name or "") not in scale_of:
         producer = value.producer()
-        if producer is None or placement.forms.get(producer) != "integer" or producer.inputs[0] is None:
+        if producer is None or placement.forms.get(producer) != "integer":
             return 1.0
-        value = producer.inputs[0]
-    return scale_of[value.name or ""]
+        factor *= scaling_factor(producer) or 1.0
+        value = data_inputs(producer)[0]
+    return scale_of[value.name or ""] * factor
 
 
 def _remark(plan: QuantizePlan, context: Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,7 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError
 from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import Rewriter, constant, discard_if_dead, discard_if_unread, is_op
-from graphopt.passes.quantize_placement import attribute, clamp_bounds, data_inputs, node_name
+from graphopt.passes.quantize_placement import attribute, clamp_bounds, data_inputs, node_name, scaling_factor
 from graphopt.passes.quantize_plan import QuantizePlan, TensorPlan
 
 INT32_LIMIT = 2**31 - 1
@@ -38,7 +39,7 @@ class _Writer:
         self.integers: dict[ir.Value, ir.Value] = {}
         """A float value whose integers exist to the integers."""
         self.plans: dict[ir.Value, TensorPlan] = {}
-        """Integers to the quantizer that they are in."""
+        """A float value whose integers exist to the quantizer that they are in."""
         self.floats: dict[ir.Value, ir.Value] = {}
         """A float value from outside a region to the dequantized one that kernels read instead."""
         self.parameters: dict[tuple[object, ...], ir.Value] = {}
@@ -96,7 +97,7 @@ class _Writer:
         bias = linear.bias() if not is_op(node, "MatMul") else np.zeros(0)
         source = node.inputs[0]
         assert source is not None
-        scale_of_data = self.plans[self.integers[source]].scale[0]
+        scale_of_data = self.plans[source].scale[0]
         planned = self._weight_plan(value, weight_axis(node))
         axis = planned.axis
         integers = self._parameter(value, "quantized", planned.quantize(_array(value)), planned.axis)
@@ -132,7 +133,12 @@ class _Writer:
         data = data_inputs(node)[0]
         dequantized = self._dequantized(data, node)
         integers = self.integers[dequantized]
-        planned = self.plans[integers]
+        planned = self.plans[dequantized]
+        factor = scaling_factor(node)
+        if factor is not None:
+            name, scale = node.outputs[0].name or "", planned.scale[0] * factor
+            self._publish(node.outputs[0], integers, replace(planned, name=name, scale=(scale,)))
+            return
         operands = [integers, *node.inputs[1:]]
         operator, attributes = node.op_type, list(node.attributes.values())
         if is_op(node, "Relu", "Clip"):
@@ -165,7 +171,7 @@ class _Writer:
         source = node.inputs[0]
         assert source is not None
         integers = self.integers[source]
-        self._publish(node.outputs[0], integers, self.plans[integers])
+        self._publish(node.outputs[0], integers, self.plans[source])
 
     # Dynamic: the range of the input is taken at run time; fuses to DynamicQuantizeMatMul or MatMulIntegerToFloat.
 
@@ -231,7 +237,7 @@ class _Writer:
             reader, "DequantizeLinear", [quantized, *self._quantizer(planned)], value, ir.DataType.FLOAT
         )
         dequantized.shape = value.shape
-        self.integers[dequantized], self.plans[quantized] = quantized, planned
+        self.integers[dequantized], self.plans[dequantized] = quantized, planned
         self.floats[value] = dequantized
         return dequantized
 
@@ -240,7 +246,11 @@ class _Writer:
         producer = quantized.producer()
         assert producer is not None
         dequantize = self.rewriter.insert(
-            producer, "DequantizeLinear", [quantized, *self._quantizer(planned)], like=quantized
+            producer,
+            "DequantizeLinear",
+            [quantized, *self._quantizer(planned)],
+            like=quantized,
+            suffix="dequantized",
         )
         result = dequantize.outputs[0]
         result.type = ir.TensorType(ir.DataType.FLOAT)
@@ -254,7 +264,7 @@ class _Writer:
             if output is value:
                 graph.outputs[index] = result
                 result.name, value.name = value.name, result.name
-        self.integers[result], self.plans[quantized] = quantized, planned
+        self.integers[result], self.plans[result] = quantized, planned
         if writer is not None and writer is not producer:
             discard_if_dead(writer)
 

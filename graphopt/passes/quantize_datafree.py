@@ -1,19 +1,25 @@
-"""Ranges without data: probes steered by what BatchNormalization has seen in training.
+"""What activations look like without data: probes steered by what BatchNormalization has seen in training.
 
 The statistics of a BatchNormalization say what its result looked like on the training data: mean beta and
 standard deviation |gamma| in each channel. Random probes alone drift away from that layer by layer. So each
 value that carries such statistics is normalised afresh over the probes and given the recorded mean and
 deviation, as a BatchNormalization in training mode would do it; what lies in between is then computed from
 inputs of the right size.
+
+Measured on ResNet-20 and 56 (CIFAR-10, 10,000 images, 64 + 64 probes): float 88.00 and 89.61, steered probes
+87.97 and 89.59, plain 1/f probes 88.11 and 89.54, both together 88.07 and 89.48, 256 real images 87.86 and 89.64.
+Both together are used: statistics may be wrong (a network that was not trained, or was pruned), and so may be
+probes (a network that drifts on them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.inputs.observe import Statistics, observe
 from graphopt.inputs.probes import model_inputs, probe_feeds
 from graphopt.ir.rewrite import Rewriter, rank
 from graphopt.passes.fold_batchnorm import STATISTICS
@@ -24,6 +30,42 @@ _PROBES = 128
 _PROBE_ELEMENTS = 32 * 3 * 64 * 64
 """Input elements in one batch of probes: 32 small images or 2 of 224 x 224, bounded below by `_SMALLEST_BATCH`."""
 _SMALLEST_BATCH = 8
+_TRUSTED_RATIO = 4.0
+"""How far plain probes may widen a range beyond what BatchNormalization statistics give: two bits."""
+
+
+def observe_probes(
+    model: ir.Model, names: Sequence[str], sizes: Mapping[str, int], *, histograms: bool, threads: int
+) -> tuple[dict[str, Statistics], set[str]]:
+    """Statistics of tensors over made-up inputs.
+
+    Args:
+        model: the model; it is not changed.
+        names: inputs, or outputs of nodes of the main graph.
+        sizes: number of elements of symbolic dimensions; batch dimensions are chosen here.
+        histograms: also gather histograms.
+        threads: intra-op threads.
+
+    Returns:
+        Statistics by name, and the names of the tensors whose BatchNormalization statistics are known.
+    """
+    feeds = probes(model, sizes)
+    plain = observe(model, names, feeds, histograms=histograms, threads=threads)
+    copy, anchored = steered(model)
+    if not anchored:
+        return plain, anchored
+    found = observe(copy, names, feeds, histograms=histograms, threads=threads)
+    for name, statistics in found.items():
+        _widen(statistics, plain[name])
+    return found, anchored
+
+
+def _widen(steered_: Statistics, plain: Statistics) -> None:
+    """Take the extremes of plain probes in, as far as they are trusted. The histogram stays that of steered ones."""
+    if steered_.count and plain.count:
+        reach = _TRUSTED_RATIO * max(-steered_.minimum, steered_.maximum, 0.0)
+        steered_.minimum = min(steered_.minimum, max(plain.minimum, -reach))
+        steered_.maximum = max(steered_.maximum, min(plain.maximum, reach))
 
 
 def steered(model: ir.Model) -> tuple[ir.Model, set[str]]:
@@ -56,16 +98,19 @@ def _steer(rewriter: Rewriter, value: ir.Value, mean: np.ndarray, std: np.ndarra
     def constant(name: str, array: np.ndarray, dtype: type = np.float32) -> ir.Value:
         return rewriter.initializer(node.graph, f"{value.name}/{name}", ir.tensor(array.astype(dtype)))  # type: ignore[arg-type]
 
+    def after(last: ir.Node, op_type: str, *operands: ir.Value) -> ir.Node:
+        return rewriter.insert(last, op_type, operands, like=value, suffix=op_type.lower())
+
     axes = constant("axes", np.array([0, *range(2, of_rank)]), np.int64)
-    average = rewriter.insert(node, "ReduceMean", [value, axes], like=value)
-    centred = rewriter.insert(average, "Sub", [value, average.outputs[0]], like=value)
-    square = rewriter.insert(centred, "Mul", [centred.outputs[0], centred.outputs[0]], like=value)
-    variance = rewriter.insert(square, "ReduceMean", [square.outputs[0], axes], like=value)
-    shifted = rewriter.insert(variance, "Add", [variance.outputs[0], constant("epsilon", np.array(_EPSILON))], like=value)
-    root = rewriter.insert(shifted, "Sqrt", [shifted.outputs[0]], like=value)
-    unit = rewriter.insert(root, "Div", [centred.outputs[0], root.outputs[0]], like=value)
-    scaled = rewriter.insert(unit, "Mul", [unit.outputs[0], constant("std", std.reshape(channel))], like=value)
-    moved = rewriter.insert(scaled, "Add", [scaled.outputs[0], constant("mean", mean.reshape(channel))], like=value)
+    average = after(node, "ReduceMean", value, axes)
+    centred = after(average, "Sub", value, average.outputs[0])
+    square = after(centred, "Mul", centred.outputs[0], centred.outputs[0])
+    variance = after(square, "ReduceMean", square.outputs[0], axes)
+    shifted = after(variance, "Add", variance.outputs[0], constant("epsilon", np.array(_EPSILON)))
+    root = after(shifted, "Sqrt", shifted.outputs[0])
+    unit = after(root, "Div", centred.outputs[0], root.outputs[0])
+    scaled = after(unit, "Mul", unit.outputs[0], constant("std", std.reshape(channel)))
+    moved = after(scaled, "Add", scaled.outputs[0], constant("mean", mean.reshape(channel)))
     readers = {average, centred}
     for use in tuple(value.uses()):
         if use.node not in readers:

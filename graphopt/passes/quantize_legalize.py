@@ -28,6 +28,10 @@ def legalize(model: ir.Model) -> None:
     * ReduceMean over all spatial axes becomes GlobalAveragePool (and Squeeze without `keepdims`).
     * ConvTranspose whose kernel equals its stride becomes a 1x1 Conv and DepthToSpace: no two windows overlap,
       so each input pixel makes its own block of the output.
+    * HardSigmoid and HardSwish behind a Conv become Add, Clip and Mul: the Clip is the saturation of a quantizer
+      and the Mul by a scalar only another scale, so one or two int8 kernels do the work.
+    * BatchNormalization that could not be folded (it stands behind a sum or a concatenation) becomes a 1x1
+      depthwise Conv, which takes the Relu behind it along.
     * `alpha` and `beta` of Gemm go into its constants.
 
     Example:
@@ -38,7 +42,7 @@ def legalize(model: ir.Model) -> None:
         ['GlobalAveragePool', 'Squeeze']
     """
     rewriter = Rewriter(model)
-    for rule in (_mean_to_pool, _transposed_to_depth_to_space, _plain_gemm):
+    for rule in (_mean_to_pool, _transposed_to_depth_to_space, _hard_gate, _plain_gemm):
         rewriter.until_stable(rule, "legalize", lambda what, why, where: None)
 
 
@@ -52,7 +56,7 @@ def _mean_to_pool(rewriter: Rewriter, node: ir.Node) -> bool:
     if sorted(int(axis) % of_rank for axis in axes) != list(range(2, of_rank)):
         return False
     keep = node.attributes.get("keepdims")
-    last = pool = rewriter.insert(node, "GlobalAveragePool", [data], like=node.outputs[0])
+    last = pool = rewriter.insert(node, "GlobalAveragePool", [data], like=node.outputs[0], suffix="pooled")
     if keep is not None and not keep.as_int():
         result = pool.outputs[0]
         if data.shape is not None:
@@ -61,7 +65,7 @@ def _mean_to_pool(rewriter: Rewriter, node: ir.Node) -> bool:
         spatial_axes = rewriter.initializer(
             _graph(node), f"{result.name}.axes", to_tensor(squeezed, ir.DataType.INT64)
         )
-        last = rewriter.insert(pool, "Squeeze", [result, spatial_axes], like=result)
+        last = rewriter.insert(pool, "Squeeze", [result, spatial_axes], like=result, suffix="squeezed")
     rewriter.supersede(node.outputs[0], last.outputs[0])
     return True
 
@@ -88,14 +92,53 @@ def _transposed_to_depth_to_space(rewriter: Rewriter, node: ir.Node) -> bool:
     if bias.any():
         operands.append(rewriter.initializer(graph, f"{name}.blocks.bias", to_tensor(bias, linear.dtype)))
     result = node.outputs[0]
-    conv = rewriter.insert(node, "Conv", operands, attributes={"kernel_shape": [1, 1]}, like=result)
+    conv = rewriter.insert(
+        node, "Conv", operands, attributes={"kernel_shape": [1, 1]}, like=result, suffix="blocks"
+    )
     shape = linear.data.shape
     if shape is not None:
         conv.outputs[0].shape = ir.Shape([shape[0], weight.shape[0], *list(shape)[2:]])
     spread = rewriter.insert(
-        conv, "DepthToSpace", [conv.outputs[0]], attributes={"blocksize": block, "mode": "DCR"}, like=result
+        conv,
+        "DepthToSpace",
+        conv.outputs,
+        attributes={"blocksize": block, "mode": "DCR"},
+        like=result,
+        suffix="spread",
     )
     rewriter.supersede(result, spread.outputs[0])
+    return True
+
+
+def _hard_gate(rewriter: Rewriter, node: ir.Node) -> bool:
+    """HardSigmoid(x) = clip(alpha x + beta, 0, 1) = alpha clip(x + beta / alpha, 0, 1 / alpha); HardSwish is x times it."""
+    if not is_op(node, "HardSigmoid", "HardSwish"):
+        return False
+    data, result = node.inputs[0], node.outputs[0]
+    if data is None or data.dtype != ir.DataType.FLOAT or not is_op(data.producer(), "Conv"):
+        return False
+    alpha, beta = 1 / 6, 0.5
+    if is_op(node, "HardSigmoid"):
+        given = [node.attributes.get(name) for name in ("alpha", "beta")]
+        alpha, beta = (d if a is None else a.as_float() for a, d in zip(given, (0.2, 0.5), strict=True))
+    if not (alpha > 0.0 and 0.0 <= beta <= 1.0):
+        return False
+    graph = _graph(node)
+
+    def scalar(name: str, number: float) -> ir.Value:
+        return rewriter.initializer(graph, f"{result.name}.{name}", to_tensor(np.array(number), ir.DataType.FLOAT))
+
+    def after(last: ir.Node, op_type: str, *operands: ir.Value) -> ir.Node:
+        made = rewriter.insert(last, op_type, operands, like=result, suffix=op_type.lower())
+        made.outputs[0].shape = result.shape
+        return made
+
+    shifted = after(node, "Add", data, scalar("offset", beta / alpha))
+    clipped = after(shifted, "Clip", shifted.outputs[0], scalar("low", 0.0), scalar("high", 1 / alpha))
+    last = after(clipped, "Mul", clipped.outputs[0], scalar("slope", alpha))
+    if is_op(node, "HardSwish"):
+        last = after(last, "Mul", data, last.outputs[0])
+    rewriter.supersede(result, last.outputs[0])
     return True
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.linear import linear_at
-from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op
+from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op, rank
 from graphopt.passes.quantize_plan import OperatorPlan
 
 
@@ -29,7 +29,7 @@ class Role(enum.Enum):
     KERNEL = "kernel"
     """Has an int8 kernel that rescales: its output needs its own quantizer."""
     INTEGER = "integer"
-    """Moves or selects elements: runs on the integers themselves, exactly, and keeps the quantizer."""
+    """Moves, selects or scales elements: runs on the integers themselves, exactly, and needs no new range."""
     CLAMP = "clamp"
     """Relu and Clip: done by the saturation of the quantizer, or exactly on the integers."""
 
@@ -89,9 +89,22 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 
 def data_inputs(node: ir.Node) -> list[ir.Value]:
     """The inputs that hold activations or their constant counterparts, without sizes, axes, weights and biases."""
+    if scaling_factor(node) is not None:
+        return [value for value in node.inputs if value is not None and constant(value) is None]
     if node.op_type in ("Add", "Mul", "Concat"):
         return [value for value in node.inputs if value is not None]
     return [value for value in node.inputs[:1] if value is not None]
+
+
+def scaling_factor(node: ir.Node) -> float | None:
+    """The factor of a Mul by a positive scalar: the same integers in a quantizer of another scale, so free."""
+    if not is_op(node, "Mul"):
+        return None
+    factors = [array for array in map(constant, node.inputs) if array is not None and array.size == 1]
+    if len(factors) != 1 or not 0.0 < float(factors[0].reshape(())) < float("inf"):
+        return None
+    of_rank = [rank(value) for value in node.inputs if value is not None and constant(value) is None]
+    return float(factors[0].reshape(())) if of_rank and (of_rank[0] or 0) >= factors[0].ndim else None
 
 
 def place(model: ir.Model, *, form: str, exclude: tuple[str, ...]) -> Placement:
@@ -275,6 +288,8 @@ def role_of(node: ir.Node) -> Role | None:
     """The role of an operator by its type alone, None for one without an int8 form."""
     if node.domain != "":
         return None
+    if scaling_factor(node) is not None:
+        return Role.INTEGER
     for role, operators in (
         (Role.LINEAR, _LINEAR),
         (Role.KERNEL, _KERNEL),

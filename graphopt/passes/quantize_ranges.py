@@ -10,7 +10,7 @@ RANGES = ("minmax", "percentile", "entropy")
 """How the range of an activation is chosen from what was observed."""
 
 _ENTROPY_STEPS = 96
-"""Ranges tried by the entropy search, evenly spaced from 1 / _ENTROPY_STEPS of the observed one to all of it."""
+"""Positions of each end tried by the entropy search, evenly spaced between 0 and the observed extreme."""
 _BIAS_HEADROOM = 2.0**30
 """Largest magnitude of a bias in units of the accumulator: half of int32, the products need the rest."""
 _SILENT_CHANNEL_BITS = 2.0**24
@@ -41,9 +41,9 @@ def activation_range(statistics: Statistics, method: str, percentile: float, bit
 
 
 def entropy_range(histogram: Histogram, low: float, high: float, bits: int) -> tuple[float, float]:
-    """The part r * [low, high], 0 < r <= 1, whose quantization loses the least information.
+    """The part of [low, high] around 0 whose quantization loses the least information.
 
-    For each r the distribution clipped to the range, P (what lies outside counted in the last bins), is compared
+    The upper end is chosen first, then the lower one. For each candidate the distribution clipped to the range, P (what lies outside counted in the last bins), is compared
     with the same distribution spread over 2^bits levels, Q, by the Kullback-Leibler divergence of Q from P
     (Migacz, "8-bit inference with TensorRT", GTC 2017; there for |x|, here for a range around 0). Zeros, of which
     a Relu makes many, are exact in every range and would drown the rest: their bin counts like its neighbour.
@@ -52,13 +52,18 @@ def entropy_range(histogram: Histogram, low: float, high: float, bits: int) -> t
     centres = histogram.edges[:-1] + histogram.width / 2
     zero = int(np.clip(-histogram.low // histogram.width, 0, counts.size - 1)) if histogram.width else 0
     counts[zero] = max(counts[zero - 1] if zero else 0.0, counts[min(zero + 1, counts.size - 1)])
-    best, chosen = np.inf, (low, high)
-    for step in range(1, _ENTROPY_STEPS + 1):
-        part = step / _ENTROPY_STEPS
-        divergence = _divergence(counts, centres, low * part, high * part, 2**bits)
-        if divergence < best or (divergence == best and step == _ENTROPY_STEPS):
-            best, chosen = divergence, (low * part, high * part)
-    return chosen
+    parts = np.arange(1, _ENTROPY_STEPS + 1) / _ENTROPY_STEPS
+
+    def best(ranges: list[tuple[float, float]]) -> tuple[float, float]:
+        """The range that loses least; the widest of equals, and of ranges too narrow to judge."""
+        losses = [_divergence(counts, centres, *one, 2**bits) for one in ranges]
+        return ranges[len(losses) - 1 - int(np.argmin(losses[::-1]))]
+
+    if high > 0.0:
+        _, high = best([(low, float(high * part)) for part in parts])
+    if low < 0.0:
+        low, _ = best([(float(low * part), high) for part in parts])
+    return low, high
 
 
 def _divergence(counts: np.ndarray, centres: np.ndarray, low: float, high: float, levels: int) -> float:

@@ -3,9 +3,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime.capi.onnxruntime_pybind11_state as onnxruntime_state
 import pytest
+from one_node import one_node_model, site_of
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.ops import default_table
@@ -136,6 +139,27 @@ def test_structural_inputs_of_the_standard_domain_are_integers_flags_or_scales()
         ("Resize", "scales"),
         ("Upsample", "scales"),
     }
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.domain], ids=lambda row: row.op_type)
+def test_element_types_of_contributed_operators_are_those_that_onnxruntime_declares(row: OpRow) -> None:
+    schema = CONTRIBUTED[row.op_type]
+    output = schema.outputs[0]
+    if isinstance(row.element_type, ir.DataType):
+        assert f"tensor({row.element_type.name.lower()})" in output.types
+    else:
+        source = schema.inputs[row.element_type]
+        if row.op_type == "GridSample":  # declares integers too, for an output that is float
+            source = output
+        assert source.typeStr == output.typeStr or set(source.types) <= set(output.types)
+
+
+def test_an_element_type_follows_the_deciding_input() -> None:
+    floats, codes = np.zeros((2, 2), np.float32), np.zeros((2, 2), np.uint8)
+    site = site_of(one_node_model("MatMulIntegerToFloat", [codes, codes, floats, floats]), [codes] * 4)
+    assert TABLE.row(MICROSOFT, "MatMulIntegerToFloat", 1).output_element_type(site.node) == ir.DataType.FLOAT  # type: ignore[union-attr]
+    assert TABLE.row(MICROSOFT, "QGemm", 1).output_element_type(site.node) == ir.DataType.FLOAT  # type: ignore[union-attr]
+    assert TABLE.row(MICROSOFT, "Gelu", 1).output_element_type(site.node) == ir.DataType.UINT8  # type: ignore[union-attr]
 
 
 def test_the_page_is_the_table() -> None:

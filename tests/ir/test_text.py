@@ -133,7 +133,7 @@ def test_weights_come_back_bit_by_bit(array: np.ndarray) -> None:
 
 def test_external_weights_are_written_out(tmp_path: Path) -> None:
     model = from_text(MODEL)
-    ir.save(model, tmp_path / "m.onnx", external_data="m.data")
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     loaded = ir.load(tmp_path / "m.onnx")
     assert print_graph(from_text(to_text(loaded)), weights=True) == print_graph(model, weights=True)
     assert isinstance(loaded.graph.initializers["w"].const_value, ir.ExternalTensor), "the model is not changed"

@@ -109,9 +109,7 @@ def grouped_query_macs(site: Site) -> int:
 
 def projected_attention_macs(site: Site, past: int) -> int:
     """Projection (batch x queries x elements of the weight), then both attention products."""
-    return (
-        elements(site.input_shape(0)[:2]) * elements(site.input_shape(1)) + _projected_heads(site, past).macs
-    )
+    return elements(site.input_shape(0)[:2]) * elements(site.input_shape(1)) + _projected_heads(site, past).macs
 
 
 def _projected_heads(site: Site, past: int) -> Heads:
@@ -186,6 +184,7 @@ ROWS: tuple[OpRow, ...] = (
         cost=partial(projected_attention_macs, past=8),
         shape=partial(projected_attention_shape, past=8),
         quantization=(3, 4, 6, 7),
+        element_type=3,
     ),
     OpRow(
         "MultiHeadAttention",

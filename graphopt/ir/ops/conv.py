@@ -98,8 +98,7 @@ ROWS: tuple[OpRow, ...] = (
         cost=partial(convolution_macs, weight=3),
         shape=partial(convolution_shape, weight=3),
         quantization=(1, 2, 4, 5, 6, 7),
+        element_type=7,
     ),
-    OpRow(
-        "ConvTransposeWithDynamicPads", domain=MICROSOFT, structural=(2,), cost=transposed_convolution_macs
-    ),
+    OpRow("ConvTransposeWithDynamicPads", domain=MICROSOFT, structural=(2,), cost=transposed_convolution_macs),
 )

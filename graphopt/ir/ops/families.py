@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Iterable
 
+import onnx_ir as ir
+
 from graphopt.ir.ops.row import OpRow, Shape, ShapeRule, Site
 
 MICROSOFT = "com.microsoft"
@@ -27,6 +29,7 @@ def unary(
     quantization: tuple[int, ...] = (),
     reads_all: bool = True,
     shape: ShapeRule | None = None,
+    element_type: int | ir.DataType = 0,
 ) -> tuple[OpRow, ...]:
     """Rows of ops whose output is computed from input 0 without a contraction: 0 MACs.
 
@@ -46,6 +49,7 @@ def unary(
             quantization=quantization,
             cost=no_macs,
             shape=rule,
+            element_type=element_type,
         )
         for name in names
     )
@@ -71,9 +75,7 @@ def broadcasting(
         return [broadcast(site.input_shape(index) for index in indices)]
 
     rule = None if domain == "" else shape
-    return tuple(
-        OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization) for name in names
-    )
+    return tuple(OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization) for name in names)
 
 
 def uncounted(*names: str, domain: str = "", structural: tuple[int, ...] = ()) -> tuple[OpRow, ...]:

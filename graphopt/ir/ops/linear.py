@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import onnx_ir as ir
+
 from graphopt.ir.ops.einsum import einsum_macs
 from graphopt.ir.ops.families import MICROSOFT, broadcast, elements
 from graphopt.ir.ops.row import CostRule, OpRow, Shape, ShapeRule, Site
@@ -78,6 +80,7 @@ def _products(
     shape: ShapeRule = matmul_shape,
     quantization: tuple[int, ...] = (),
     structural: tuple[int, ...] = (),
+    element_type: int | ir.DataType = 0,
 ) -> tuple[OpRow, ...]:
     """Rows of onnxruntime's own products, for which `onnx.shape_inference` has no schema."""
     return tuple(
@@ -88,6 +91,7 @@ def _products(
             cost=cost,
             shape=shape,
             quantization=quantization,
+            element_type=element_type,
         )
         for name in names
     )
@@ -99,9 +103,10 @@ ROWS: tuple[OpRow, ...] = (
     OpRow("Einsum", cost=einsum_macs),
     OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3)),
     OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7)),
-    *_products("GemmFastGelu", "MatMulInteger16"),
+    *_products("GemmFastGelu"),
+    *_products("MatMulInteger16", element_type=ir.DataType.INT32),
     *_products("DynamicQuantizeMatMul", quantization=(2, 3)),
-    *_products("MatMulIntegerToFloat", quantization=(2, 3, 4, 5)),
+    *_products("MatMulIntegerToFloat", quantization=(2, 3, 4, 5), element_type=2),
     *_products("QOrderedMatMul", shape=partial(matmul_shape, right=2), quantization=(1, 3, 4, 7)),
     *_products(
         "FusedMatMul",
@@ -110,9 +115,10 @@ ROWS: tuple[OpRow, ...] = (
         cost=fused_matmul_macs,
         shape=fused_matmul_shape,
     ),
-    *_products("FusedGemm", "SparseToDenseMatMul", cost=gemm_macs, shape=gemm_shape),
-    *_products("GemmFloat8", cost=gemm_macs, shape=gemm_shape, quantization=(3, 4, 5)),
-    *_products("QGemm", cost=gemm_macs, shape=partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8)),
+    *_products("FusedGemm", cost=gemm_macs, shape=gemm_shape),
+    *_products(
+        "QGemm", cost=gemm_macs, shape=partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8), element_type=8
+    ),
     # Input 4 maps a row of the weight to its block.
     *_products(
         "MatMulNBits",

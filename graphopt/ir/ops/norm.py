@@ -29,9 +29,7 @@ ROWS: tuple[OpRow, ...] = (
     # onnxruntime's name for RMSNormalization before opset 23; it lives in the standard domain.
     *unary("SimplifiedLayerNormalization", shape=same_shape),
     *unary("LRN", "LpNormalization", "Softmax", "LogSoftmax", "Hardmax"),
-    *unary(
-        "GroupNorm", "SkipGroupNorm", "GatedRMSNorm", "BranchwiseRMSNorm", "BiasSoftmax", domain=MICROSOFT
-    ),
+    *unary("GroupNorm", "SkipGroupNorm", "GatedRMSNorm", "BranchwiseRMSNorm", "BiasSoftmax", domain=MICROSOFT),
     *unary(
         "SkipLayerNormalization",
         "SkipSimplifiedLayerNormalization",
@@ -43,6 +41,7 @@ ROWS: tuple[OpRow, ...] = (
         domain=MICROSOFT,
         cost=no_macs,
         shape=partial(embedding_normalization_shape, table=2),
+        element_type=2,
     ),
     OpRow(
         "QEmbedLayerNormalization",
@@ -50,5 +49,6 @@ ROWS: tuple[OpRow, ...] = (
         cost=no_macs,
         shape=partial(embedding_normalization_shape, table=2),
         quantization=tuple(range(8, 18)),
+        element_type=8,
     ),
 )

@@ -37,8 +37,7 @@ def unpool_shape(site: Site) -> list[Shape]:
     strides = site.attribute("strides") or [1] * rank
     pads = site.attribute("pads") or [0] * (2 * rank)
     spatial = [
-        (data[axis + 2] - 1) * strides[axis] - pads[axis] - pads[axis + rank] + kernel[axis]
-        for axis in range(rank)
+        (data[axis + 2] - 1) * strides[axis] - pads[axis] - pads[axis + rank] + kernel[axis] for axis in range(rank)
     ]
     return [(*data[:2], *spatial)]
 

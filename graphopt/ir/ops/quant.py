@@ -46,9 +46,7 @@ def gathered_blocks_shape(site: Site) -> list[Shape]:
     """Gather on packed data: a uint8 byte holds 8 / bits numbers along the last axis."""
     data, indices = site.input_shape(0), site.input_shape(1)
     source = site.node.inputs[0]
-    packed = (
-        8 // int(site.attribute("bits", 4)) if source is not None and source.dtype == ir.DataType.UINT8 else 1
-    )
+    packed = 8 // int(site.attribute("bits", 4)) if source is not None and source.dtype == ir.DataType.UINT8 else 1
     unpacked = (*data[:-1], data[-1] * packed)
     axis = site.attribute("gather_axis", 0) % len(data)
     return [(*unpacked[:axis], *indices, *unpacked[axis + 1 :])]
@@ -57,17 +55,19 @@ def gathered_blocks_shape(site: Site) -> list[Shape]:
 ROWS: tuple[OpRow, ...] = (
     *unary("QuantizeLinear", "DequantizeLinear", quantization=(1, 2)),
     *unary("DynamicQuantizeLinear"),
-    *unary("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT, quantization=(1, 2)),
+    *unary("QuantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=2),
+    *unary("DequantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=1),
     *unary("QLinearAdd", "QLinearMul", domain=MICROSOFT, shape=binary_shape, quantization=(1, 2, 4, 5, 6, 7)),
-    *unary("QLinearWhere", domain=MICROSOFT, shape=where_shape, quantization=(2, 3, 5, 6, 7, 8)),
-    *unary("MulInteger", domain=MICROSOFT, shape=integer_product_shape, quantization=(1, 3)),
+    *unary("QLinearWhere", domain=MICROSOFT, shape=where_shape, quantization=(2, 3, 5, 6, 7, 8), element_type=1),
     *unary(
-        "QLinearLeakyRelu", "QLinearSigmoid", "QLinearSoftmax", domain=MICROSOFT, quantization=(1, 2, 3, 4)
+        "MulInteger", domain=MICROSOFT, shape=integer_product_shape, quantization=(1, 3), element_type=ir.DataType.INT32
     ),
+    *unary("QLinearLeakyRelu", "QLinearSigmoid", "QLinearSoftmax", domain=MICROSOFT, quantization=(1, 2, 3, 4)),
     *unary(
         "QLinearConcat",
         domain=MICROSOFT,
         shape=concatenated_shape,
+        element_type=1,
         quantization=tuple(index for index in range(2 + 3 * _CONCAT_OPERANDS) if index < 2 or index % 3 != 2),
     ),
     *unary("QOrderedGelu", domain=MICROSOFT, quantization=(1, 2)),
@@ -79,5 +79,6 @@ ROWS: tuple[OpRow, ...] = (
         cost=no_macs,
         shape=gathered_blocks_shape,
         quantization=(2, 3),
+        element_type=2,
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from graphopt.ir.ops.families import MICROSOFT, unary, uncounted
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -28,7 +30,7 @@ ROWS: tuple[OpRow, ...] = (
     *unary("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
     # A determinant is an elimination, whose count is the implementation's.
     *uncounted("Det"),
-    *unary("ReduceSumInteger", domain=MICROSOFT, shape=reduced_shape),
+    *unary("ReduceSumInteger", domain=MICROSOFT, shape=reduced_shape, element_type=ir.DataType.INT32),
     *unary("QLinearReduceMean", domain=MICROSOFT, shape=reduced_shape, quantization=(1, 2, 3, 4)),
-    *unary("IsAllFinite", domain=MICROSOFT, shape=scalar_shape),
+    *unary("IsAllFinite", domain=MICROSOFT, shape=scalar_shape, element_type=ir.DataType.BOOL),
 )

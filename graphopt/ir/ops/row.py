@@ -94,6 +94,8 @@ class OpRow:
         structural: indices of the inputs that say *how* (axes, target shapes, scales), not *what*.
         quantization: indices of the inputs that are quantization scales or zero points. They are cut with the
             channels, unlike structural ones, and like them they are no parameters of the network.
+        element_type: where the element type of output 0 comes from, for ops that `onnx.shape_inference` does not
+            know: index of the input that has the same, or the type itself. See `output_element_type`.
         cost: see `CostRule`; None means unknown.
         shape: see `ShapeRule`; None means that `onnx.shape_inference` knows.
         channels: see `ChannelsRule`; None freezes every axis that the op touches.
@@ -112,6 +114,21 @@ class OpRow:
     repair: RepairRule | None = None
     torch: TorchRule | None = None
     quantization: tuple[int, ...] = ()
+    element_type: int | ir.DataType = 0
+
+    def output_element_type(
+        self, node: ir.Node, known: Mapping[ir.Value, ir.DataType] | None = None
+    ) -> ir.DataType | None:
+        """Element type of output 0 of a node of this op, None where that of the deciding input is unknown.
+
+        `known` holds element types that are inferred but not written on the values.
+
+        An absent deciding input stands for float32: QGemm without an output zero point gives floats.
+        """
+        if isinstance(self.element_type, ir.DataType):
+            return self.element_type
+        source = node.inputs[self.element_type] if self.element_type < len(node.inputs) else None
+        return ir.DataType.FLOAT if source is None else (known or {}).get(source) or source.dtype
 
 
 class OpTable:

@@ -6,7 +6,8 @@ Four kinds of evidence, the strongest first:
    at once). This settles everything above the first change.
 2. *Backward* from the outputs, which have the same names: the producers of two corresponding values correspond when
    operator and attributes agree. This settles everything below the last change.
-3. Between two changes: equal weights, equal names, and being the only such reader of corresponding values.
+3. Between two changes: equal weights, equal names (of outputs, then of nodes), and being the only such reader of
+   corresponding values.
 4. The same once more, where a weight may now come out of a node (a DequantizeLinear, say).
 
 No evidence may contradict what is settled: two nodes with an operand that belongs elsewhere never correspond.
@@ -18,10 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.text import subgraphs, tensor_digest, topological
+from graphopt.ir.weight_pairs import Weights, match_weights
 
 Signature = tuple[Hashable, ...]
 
@@ -74,98 +75,8 @@ class Side:
                 self._walk(body, inner, (place, node.op_type, name), node)
 
 
-@dataclass(frozen=True)
-class WeightPair:
-    """Two initializers of one name whose dtype, shape or content differ."""
-
-    name: str
-    before: ir.Value
-    after: ir.Value
-
-
 @dataclass
-class Weights:
-    """The initializers of both models by what they hold: equal content is one key, whatever the names."""
-
-    key: dict[ir.Value, Hashable] = field(default_factory=dict)
-    changed: list[WeightPair] = field(default_factory=list)
-    removed: list[tuple[str, ir.Value]] = field(default_factory=list)
-    added: list[tuple[str, ir.Value]] = field(default_factory=list)
-
-
-def match_weights(a: dict[str, ir.Value], b: dict[str, ir.Value]) -> Weights:
-    """Initializers that correspond: same name and content, else same content, else same name.
-
-    A tensor object that both models share is never read, and only those tensors are hashed that have a rival of
-    their dtype and shape without a partner.
-    """
-    weights = Weights()
-    rest_a, rest_b = dict(a), dict(b)
-    for name in [name for name in a if name in b and _same_content(a[name].const_value, b[name].const_value)]:
-        weights.key[rest_a.pop(name)] = weights.key[rest_b.pop(name)] = ("weight", name)
-    if rest_a or rest_b:
-        forms = {_form(value) for rest in (rest_a, rest_b) for value in rest.values()}
-        settled: dict[Hashable, Hashable] = {}
-        for values in (a, b):
-            for value in values.values():
-                if value in weights.key and _form(value) in forms:
-                    content = (_form(value), _digest(value))
-                    weights.key[value] = settled.setdefault(content, weights.key[value])
-        _match_content(rest_a, rest_b, settled, weights)
-    for name in [name for name in rest_a if name in rest_b]:
-        before, after = rest_a.pop(name), rest_b.pop(name)
-        weights.key[before] = weights.key[after] = ("changed weight", name)
-        weights.changed.append(WeightPair(name, before, after))
-    for side, (rest, listed) in enumerate(((rest_a, weights.removed), (rest_b, weights.added))):
-        for name, value in rest.items():
-            weights.key.setdefault(value, ("own weight", side, name))
-            listed.append((name, value))
-    return weights
-
-
-def _match_content(
-    rest_a: dict[str, ir.Value], rest_b: dict[str, ir.Value], settled: dict[Hashable, Hashable], weights: Weights
-) -> None:
-    """Pair what is left by content; a copy of a settled weight gets its key and stays listed as added or removed."""
-    unpaired: dict[Hashable, list[str]] = defaultdict(list)
-    contents = {id(value): (_form(value), _digest(value)) for rest in (rest_a, rest_b) for value in rest.values()}
-    for name, value in rest_a.items():
-        unpaired[contents[id(value)]].append(name)
-    keys: dict[Hashable, Hashable] = dict(settled)
-    for name, value in list(rest_b.items()):
-        content = contents[id(value)]
-        if unpaired.get(content):
-            partner = unpaired[content].pop(0)
-            weights.key[value] = weights.key[rest_a.pop(partner)] = keys.setdefault(content, ("content", *content))
-            del rest_b[name]
-    for rest in (rest_a, rest_b):
-        for value in rest.values():
-            if contents[id(value)] in keys:
-                weights.key[value] = keys[contents[id(value)]]
-
-
-def _form(value: ir.Value) -> Hashable:
-    tensor = value.const_value
-    return None if tensor is None else (tensor.dtype, tuple(tensor.shape.numpy()))
-
-
-def _digest(value: ir.Value) -> str | None:
-    return None if value.const_value is None else tensor_digest(value.const_value)
-
-
-def _same_content(a: ir.TensorProtocol | None, b: ir.TensorProtocol | None) -> bool:
-    if a is b:
-        return True
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    left, right = a.numpy(), b.numpy()
-    if left.dtype == object or not (left.flags.c_contiguous and right.flags.c_contiguous):
-        return tensor_digest(a) == tensor_digest(b)
-    return bool(np.array_equal(left.reshape(-1).view(np.uint8), right.reshape(-1).view(np.uint8)))
-
-
-@dataclass
-class Matching:
+class Correspondence:
     """What corresponds between two models. Nodes that are neither key nor value of `nodes` are removed or added."""
 
     a: Side
@@ -178,6 +89,8 @@ class Matching:
     """Values that correspond, between changed nodes too: what the same operand of corresponding nodes reads."""
     origin: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """The inverse of `values`."""
+    classes: dict[ir.Value, int] = field(default_factory=dict)
+    """Values of one class compute the same from the inputs, so that it is no difference which of them is read."""
 
     def pair_values(self, before: ir.Value, after: ir.Value) -> None:
         """Note that two values correspond, unless one of them is taken."""
@@ -195,18 +108,37 @@ class Matching:
         return producer is None or producer in (self.nodes if side is self.a else self.partner)
 
     def same(self, before: ir.Value | None, after: ir.Value | None) -> bool:
-        """Whether two values are known to correspond."""
+        """Whether two values are known to correspond, or to be equal to values that do."""
         if before is None or after is None:
             return before is after
         if before in self.weights.key:
             return self.weights.key[before] == self.weights.key.get(after)
-        return self.values.get(before) is after
+        partner = self.values.get(before)
+        return partner is not None and (partner is after or self.classes.get(partner) == self.classes.get(after, -1))
+
+    def places(self) -> dict[ir.Node, float]:
+        """A place in the listing of the first model for every node of both, to show them together.
+
+        An added node comes right after what it reads, or right before its first reader where it reads no node.
+        """
+        places: dict[ir.Node, float] = dict(self.a.position.items())
+        places.update({after: places[before] for before, after in self.nodes.items()})
+        for node in self.b.position:
+            sources = [value.producer() for value in node.inputs if value is not None]
+            found = [places[source] for source in sources if source in places]
+            if node not in places and found:
+                places[node] = max(found) + 1e-3
+        for node in reversed(self.b.position):
+            if node not in places:
+                readers = [reader for value in node.outputs for reader, _ in self.b.readers.get(value, ())]
+                places[node] = min((places[reader] - 1e-3 for reader in readers), default=float(len(self.a.position)))
+        return places
 
 
-def match(a: ir.Model, b: ir.Model) -> Matching:
+def correspond(a: ir.Model, b: ir.Model) -> Correspondence:
     """The correspondence of two models; neither is changed. Linear in nodes but for a few rounds over the unmatched."""
     side_a, side_b = Side(a), Side(b)
-    return _Matcher(Matching(side_a, side_b, match_weights(side_a.weights, side_b.weights))).run()
+    return _Matcher(Correspondence(side_a, side_b, match_weights(side_a.weights, side_b.weights))).run()
 
 
 def paired_by_name(a: list[ir.Value], b: list[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
@@ -236,12 +168,13 @@ def _paired_by_position(a: list[ir.Value], b: list[ir.Value]) -> Iterator[tuple[
 
 
 class _Matcher:
-    def __init__(self, matching: Matching) -> None:
-        self.found = matching
+    def __init__(self, correspondence: Correspondence) -> None:
+        self.found = correspondence
         self.signatures: dict[ir.Node, Signature] = {}
         self.loose = False
+        self.rivals: dict[Hashable, tuple[list[ir.Node], list[ir.Node]]] = {}
 
-    def run(self) -> Matching:
+    def run(self) -> Correspondence:
         found = self.found
         interfaces = list(_interfaces(found.a, found.b))
         for inputs, _ in interfaces:
@@ -253,7 +186,8 @@ class _Matcher:
                 for before, after in outputs:
                     self.unify(before, after)
             self.follow_operands()
-            for evidence in (self._by_weights, self._by_names):
+            self.pair_classes(even=False)
+            for evidence in (self._by_weights, self._by_output_name, self._by_node_name):
                 self.pair_unique(evidence)
             self.follow_readers()
             self.follow_operands()
@@ -267,24 +201,32 @@ class _Matcher:
         rows_a = self._classes(self.found.a, classes, {})
         seeds = {after: before for before, after in self.found.values.items()}
         rows_b = self._classes(self.found.b, classes, seeds)
-        candidates: dict[Hashable, list[ir.Node]] = defaultdict(list)
-        for node, row in rows_a.items():
-            candidates[row, self.found.a.place[node]].append(node)
-        rivals: dict[Hashable, list[ir.Node]] = defaultdict(list)
-        for node, row in rows_b.items():
-            rivals[row, self.found.b.place[node]].append(node)
-        for key, nodes in rivals.items():
-            left = candidates.get(key, [])
+        self.rivals = {}
+        for index, (side, rows) in enumerate(((self.found.a, rows_a), (self.found.b, rows_b))):
+            for node, row in rows.items():
+                self.rivals.setdefault((row, side.place[node]), ([], []))[index].append(node)
+        self.pair_classes(even=True)
+
+    def pair_classes(self, *, even: bool) -> None:
+        """Pair nodes of one class, those of one name first.
+
+        Which of several equal nodes was changed and which one was left can be told only by who reads them, so that
+        classes of another size on each side (`even=False`) wait until the readers have been followed.
+        """
+        for left, right in self.rivals.values():
+            if even and len(left) != len(right):
+                continue
+            left = [node for node in left if node not in self.found.nodes]
+            right = [node for node in right if node not in self.found.partner]
             named = {_first_name(node): node for node in left}
             rest: list[ir.Node] = []
-            for node in nodes:
+            for node in right:
                 same = named.pop(_first_name(node), None)
                 if same is None:
                     rest.append(node)
                 else:
                     self._record(same, node)
-            free = [node for node in left if node not in self.found.nodes]
-            for before, after in zip(free, rest, strict=False):
+            for before, after in zip((node for node in left if node not in self.found.nodes), rest, strict=False):
                 self._record(before, after)
 
     def _classes(self, side: Side, classes: dict[Hashable, int], seeds: dict[ir.Value, ir.Value]) -> dict[ir.Node, int]:
@@ -313,7 +255,7 @@ class _Matcher:
                     bodies.append((name, tuple(lookup(value) for value in body.outputs)))
                 of_node[node] = number((operator, tuple(bodies)))
                 for index, value in enumerate(node.outputs):
-                    of_value[value] = number(("output", of_node[node], index))
+                    of_value[value] = self.found.classes[value] = number(("output", of_node[node], index))
 
         for root in side.roots.values():
             visit(root)
@@ -409,9 +351,12 @@ class _Matcher:
         weights = tuple(self.found.weights.key.get(value) for value in node.inputs if value is not None)
         return (self.signature(node), weights) if any(key is not None for key in weights) else None
 
-    def _by_names(self, node: ir.Node) -> Hashable | None:
+    def _by_output_name(self, node: ir.Node) -> Hashable | None:
         name = _first_name(node)
         return (self.signature(node), name) if name else None
+
+    def _by_node_name(self, node: ir.Node) -> Hashable | None:
+        return (self.signature(node), node.name) if node.name else None
 
     def follow_readers(self) -> None:
         """Pair readers of corresponding values where each side has just one of the kind, again and again."""

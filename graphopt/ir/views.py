@@ -1,0 +1,199 @@
+"""Which axis of a value is which part of an earlier value's axes, through any chain of Reshape, Transpose and kin.
+
+An axis is a list of atoms: pieces of the axes of the value where the chain starts. Transpose moves atoms, Reshape
+cuts and joins them, Expand adds one that repeats. Two chains that spell the same rearrangement differently (two
+Reshapes around a Transpose, a four-dimensional Transpose) end in the same atoms, so that matching needs no list of
+spellings. Axes of one element have no atom: they carry nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphopt.ir.match import scalar
+from graphopt.ir.rewrite import integers, is_op
+
+Dimension = int | str
+"""Number of elements, or the name of a symbolic dimension."""
+
+REPEATED = -1
+"""First number of the origin of an atom that Expand added."""
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A piece of an axis.
+
+    Attributes:
+        origin: index of the axis at the start of the chain, then which piece of it, and of that piece ...:
+            sorted by origin, the atoms are in the order of the start's memory.
+        size: number of elements.
+    """
+
+    origin: tuple[int, ...]
+    size: Dimension
+
+
+Axes = tuple[tuple[Atom, ...], ...]
+"""The atoms of each axis, outermost first."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A value as a rearrangement of `base`, times a number.
+
+    Attributes:
+        base: where the chain starts.
+        axes: the axes of the viewed value in atoms of `base`.
+        scale: product of the constants multiplied on the way.
+        nodes: the nodes between.
+    """
+
+    base: ir.Value
+    axes: Axes
+    scale: float
+    nodes: frozenset[ir.Node]
+
+
+def dimensions(value: ir.Value) -> tuple[Dimension, ...] | None:
+    """Shape with names for symbolic dimensions; None where the rank or a dimension is unknown."""
+    if value.shape is None:
+        return None
+    found: list[Dimension] = []
+    for dim in value.shape:
+        size = dim if isinstance(dim, int) else dim.value
+        if size is None:
+            return None
+        found.append(size)
+    return tuple(found)
+
+
+def views(value: ir.Value) -> Iterator[View]:
+    """`value` as a view of each value on its chain, the farthest first and of itself last.
+
+    Example:
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[2,5,12] x)
+        ...     => (float[2,3,5,4] y) <int64[4] shape = {2,5,3,4}, float[2,5,3,4] a>
+        ...     { a = Reshape(x, shape) y = Transpose<perm=[0,2,1,3]>(a) }''')
+        >>> farthest = next(views(model.graph.outputs[0]))
+        >>> farthest.base.name, [[atom.size for atom in axis] for axis in farthest.axes]
+        ('x', [[2], [3], [5], [4]])
+    """
+    chain: list[tuple[ir.Node, ir.Value]] = []
+    current = value
+    while (data := _viewed(current.producer())) is not None:
+        producer = current.producer()
+        assert producer is not None
+        chain.append((producer, data))
+        current = data
+    for length in range(len(chain), -1, -1):
+        base = chain[length - 1][1] if length else value
+        axes = start(base)
+        scale = 1.0
+        for node, data in reversed(chain[:length]):
+            axes = None if axes is None else apply(node, axes)
+            scale *= _factor(node, data)
+        if axes is not None:
+            yield View(base, axes, scale, frozenset(node for node, _ in chain[:length]))
+
+
+def start(value: ir.Value) -> Axes | None:
+    """Every axis of `value` as one atom, None where its shape is not known."""
+    shape = dimensions(value)
+    if shape is None:
+        return None
+    return tuple(() if size == 1 else (Atom((axis,), size),) for axis, size in enumerate(shape))
+
+
+def apply(node: ir.Node, axes: Axes) -> Axes | None:
+    """The axes of a node's result from those of its data input; None where they cannot be told."""
+    if is_op(node, "Transpose"):
+        permutation = integers(node, "perm") or tuple(reversed(range(len(axes))))
+        return tuple(axes[axis] for axis in permutation)
+    shape = dimensions(node.outputs[0])
+    if shape is None:
+        return None
+    if is_op(node, "Reshape", "Unsqueeze", "Squeeze", "Flatten"):
+        return _regroup([atom for axis in axes for atom in axis], shape)
+    if is_op(node, "Expand"):
+        return _expand(axes, shape)
+    return axes if is_op(node, "Mul", "Div") and len(shape) == len(axes) else None
+
+
+def atoms(*axes: Sequence[Atom]) -> list[Atom]:
+    """The atoms of several axes, one after the other."""
+    return [atom for axis in axes for atom in axis]
+
+
+def elements(axis: Sequence[Atom]) -> int | None:
+    """Number of elements of an axis, None where it is symbolic."""
+    sizes = [atom.size for atom in axis]
+    return math.prod(size for size in sizes if isinstance(size, int)) if all(map(_is_int, sizes)) else None
+
+
+def _is_int(size: Dimension) -> bool:
+    return isinstance(size, int)
+
+
+def _viewed(node: ir.Node | None) -> ir.Value | None:
+    """The value that `node` rearranges or scales; None where it does something else."""
+    if node is None:
+        return None
+    if is_op(node, "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand"):
+        return node.inputs[0]
+    if not is_op(node, "Mul", "Div"):
+        return None
+    first, second = node.inputs
+    if scalar(second) is not None:
+        return first
+    return second if node.op_type == "Mul" and scalar(first) is not None else None
+
+
+def _factor(node: ir.Node, data: ir.Value) -> float:
+    if not is_op(node, "Mul", "Div"):
+        return 1.0
+    number = scalar(node.inputs[1] if node.inputs[0] is data else node.inputs[0])
+    assert number is not None
+    return number if node.op_type == "Mul" else 1.0 / number if number else math.nan
+
+
+def _regroup(flat: list[Atom], shape: Sequence[Dimension]) -> Axes | None:
+    """Cut and join atoms, in order, so that the axes have the sizes of `shape`."""
+    remaining = list(reversed(flat))
+    axes: list[tuple[Atom, ...]] = []
+    for size in shape:
+        axis: list[Atom] = []
+        if isinstance(size, str):
+            if not remaining or remaining[-1].size != size:
+                return None
+            axis.append(remaining.pop())
+        else:
+            missing = size
+            while missing != 1:
+                atom = remaining.pop() if remaining else None
+                if atom is None or isinstance(atom.size, str) or atom.size == 0 or missing == 0:
+                    return None
+                if missing % atom.size:
+                    if atom.size % missing:
+                        return None
+                    remaining.append(Atom((*atom.origin, 1), atom.size // missing))
+                    atom = Atom((*atom.origin, 0), missing)
+                axis.append(atom)
+                assert isinstance(atom.size, int)
+                missing //= atom.size
+        axes.append(tuple(axis))
+    return None if remaining else tuple(axes)
+
+
+def _expand(axes: Axes, shape: Sequence[Dimension]) -> Axes | None:
+    if len(shape) < len(axes):
+        return None
+    padded = ((),) * (len(shape) - len(axes)) + axes
+    return tuple(
+        axis if axis or size == 1 else (Atom((REPEATED, index), size),)
+        for index, (axis, size) in enumerate(zip(padded, shape, strict=True))
+    )

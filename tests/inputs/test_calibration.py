@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.errors import DataError
+from graphopt.inputs import calibration
+from graphopt.inputs.calibration import Calibration
+
+ONE = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] x) => (float[n, 2] y) { y = Relu(x) }')
+TWO = ir.from_onnx_text(
+    '<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] a, int64[n] b) => (float[n, 2] y) { y = Relu(a) }'
+)
+ROW = np.ones((3, 2), np.float32)
+
+
+class FakeTensor:
+    """What a torch tensor offers: detach, cpu and numpy."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def detach(self) -> FakeTensor:
+        return self
+
+    def cpu(self) -> FakeTensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self.array
+
+
+@pytest.mark.parametrize("item", [ROW, (ROW,), [ROW], {"x": ROW}, FakeTensor(ROW), ROW.tolist()])
+def test_forms_of_an_item(item: Any) -> None:
+    if item == ROW.tolist() if isinstance(item, list) and not isinstance(item[0], np.ndarray) else False:
+        with pytest.raises(DataError, match="3 entries"):
+            list(Calibration(ONE, [item]))
+        return
+    (feeds,) = Calibration(ONE, [item])
+    np.testing.assert_array_equal(feeds["x"], ROW)
+
+
+def test_streams_and_counts() -> None:
+    data = Calibration(ONE, [ROW, ROW, ROW[:1]])
+    assert data.samples is None
+    assert len(list(data)) == len(list(data)) == 3
+    assert data.samples == 7
+    assert len(list(Calibration(ONE, [ROW] * 5, limit=2))) == 2
+
+
+def test_generators_are_recorded_once() -> None:
+    def stream() -> Iterator[np.ndarray]:
+        for value in range(3):
+            yield np.full((1, 2), value, np.float32)
+
+    data = Calibration(ONE, stream())
+    first = [feeds["x"][0, 0] for feeds in data]
+    assert first == [feeds["x"][0, 0] for feeds in data] == [0, 1, 2]
+
+
+def test_generators_have_a_memory_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "RECORDED_BYTES", 100)
+    data = Calibration(ONE, (ROW for _ in range(9)))
+    with pytest.raises(DataError, match="one-pass iterator"):
+        list(data)
+
+
+def test_a_half_read_generator_says_so() -> None:
+    data = Calibration(ONE, (ROW for _ in range(9)))
+    next(iter(data))
+    with pytest.raises(DataError, match="already been read in part"):
+        list(data)
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "message"),
+    [
+        (ONE, [], "empty"),
+        (ONE, [(ROW, np.zeros(3))], r"2 entries, the model has 1 inputs"),
+        (ONE, [ROW[0]], r"shape is \[2\]"),
+        (ONE, [np.ones((3, 5), np.float32)], r"shape is \[3, 5\]"),
+        (ONE, [ROW.astype(np.int64)], "dtype is int64"),
+        (ONE, [ROW.astype(np.uint8)], "dtype is uint8"),
+        (ONE, [ROW * np.nan], "NaN"),
+        (ONE, [{"z": ROW}], "lacks input 'x'"),
+        (ONE, [{"x": ROW, "z": ROW}], "unknown input 'z'"),
+        (ONE, [object()], "not an array"),
+        (TWO, [ROW], "the model has 2 inputs"),
+        (TWO, [(ROW, np.ones(3, np.float32))], "dtype is float32"),
+    ],
+)
+def test_misfits_say_what_and_where(model: ir.Model, source: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        list(Calibration(model, source))
+    if source:
+        assert "calibration item 0" in str(caught.value)
+    assert caught.value.help
+
+
+def test_the_misfit_item_and_input_are_named() -> None:
+    with pytest.raises(DataError, match=r"calibration item 2, input 'x'"):
+        list(Calibration(ONE, [ROW, ROW, ROW[:, :1]]))
+
+
+@pytest.mark.parametrize("source", [ROW, {"x": ROW}, 3, "text"])
+def test_what_is_no_iterable_of_items_is_refused(source: Any) -> None:
+    with pytest.raises(DataError):
+        Calibration(ONE, source)
+
+
+def test_safe_casts_are_noted() -> None:
+    data = Calibration(TWO, [(ROW.astype(np.float64), np.arange(3, dtype=np.int32))] * 2)
+    feeds = next(iter(data))
+    assert feeds["a"].dtype == np.float32
+    assert feeds["b"].dtype == np.int64
+    assert data.notes == ["input 'a': cast from float64 to float32", "input 'b': cast from int32 to int64"]

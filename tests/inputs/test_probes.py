@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.errors import DataError
+from graphopt.inputs.probes import InputSpec, candidate_sizes, probe_feeds, runnable_sizes, symbolic_sizes
+from graphopt.inputs.spectra import natural_images, pink_noise
+from graphopt.ir.session import open_session
+
+
+def model(inputs: str, body: str = "y = Identity(x)", outputs: str = "float[m] y") -> ir.Model:
+    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => ({outputs}) {{ {body} }}')
+
+
+def table(rows: int, body: str, inputs: str = "int64[batch, sequence] x") -> ir.Model:
+    made = model(f"{inputs}, float[{rows}, 4] table", body, "float[a, b, 4] y")
+    weight = made.graph.inputs.pop()
+    weight.const_value = ir.tensor(np.zeros((rows, 4), np.float32))
+    made.graph.register_initializer(weight)
+    return made
+
+
+def test_images_are_smooth_and_their_colours_correlated() -> None:
+    x = probe_feeds(model("float[batch, 3, height, width] x"), sizes={"batch": 4, "height": 64, "width": 64})[0]["x"]
+    assert x.shape == (4, 3, 64, 64)
+    assert x.dtype == np.float32
+    neighbours = np.corrcoef(x[..., 1:].ravel(), x[..., :-1].ravel())[0, 1]
+    colours = np.corrcoef(x[:, 0].ravel(), x[:, 1].ravel())[0, 1]
+    assert neighbours > 0.6
+    assert colours > 0.7
+    assert abs(float(x.mean())) < 0.1
+    assert 0.8 < float(x.std()) < 1.1
+
+
+def test_amplitude_falls_as_one_over_frequency() -> None:
+    noise = pink_noise(np.random.default_rng(0), (16, 4096), (1,))
+    spectrum = np.abs(np.fft.rfft(noise, axis=1)).mean(axis=0)
+    slope = np.polyfit(np.log(np.arange(8, 1024)), np.log(spectrum[8:1024]), 1)[0]
+    assert -1.1 < slope < -0.9
+
+
+def test_spatial_axes_in_any_order_and_channels_last() -> None:
+    image = natural_images(np.random.default_rng(0), (2, 48, 32, 3), 3, (1, 2))
+    assert image.shape == (2, 48, 32, 3)
+    assert np.corrcoef(image[:, 1:].ravel(), image[:, :-1].ravel())[0, 1] > 0.6
+
+
+@pytest.mark.parametrize("dtype", ["float", "double", "float16", "bfloat16"])
+def test_every_float_type(dtype: str) -> None:
+    x = probe_feeds(model(f"{dtype}[2, 3, 16, 16] x", outputs=f"{dtype}[m] y"))[0]["x"]
+    assert np.isfinite(x.astype(np.float32)).all()
+    assert x.dtype.name == {"float": "float32", "double": "float64"}.get(dtype, dtype)
+
+
+def test_tokens_stay_within_the_table_that_reads_them() -> None:
+    made = table(7, "c = Cast<to=6>(x) y = Gather(table, c)")
+    feeds = probe_feeds(made, sizes={"batch": 3, "sequence": 200})[0]
+    assert feeds["x"].min() == 0
+    assert feeds["x"].max() == 6
+    open_session(made).run_feeds(feeds)
+
+
+def test_masks_booleans_scalars_and_unknown_integers() -> None:
+    feeds = probe_feeds(
+        model("int64[b, s] attention_mask, bool[b] flag, int64 step, int32[b, s] x, uint8[b, 8, 8, 3] pixels")
+    )[0]
+    assert (feeds["attention_mask"] == 1).all()
+    assert feeds["flag"].all()
+    assert feeds["step"] == 1
+    assert 0 <= feeds["x"].min() <= feeds["x"].max() < 8
+    assert feeds["pixels"].max() > 200
+    assert feeds["pixels"].dtype == np.uint8
+
+
+def test_sound_is_pink_and_caches_are_gaussian() -> None:
+    feeds = probe_feeds(model("float[b, samples] audio, float[b, 4, 16, 8] past_key_values, float[b, 12] x"))[0]
+    assert feeds["audio"].shape == (1, 16000)
+    assert np.corrcoef(feeds["audio"][0, 1:], feeds["audio"][0, :-1])[0, 1] > 0.5
+    assert abs(np.corrcoef(feeds["past_key_values"][..., 1:].ravel(), feeds["past_key_values"][..., :-1].ravel())[0, 1]) < 0.3
+
+
+def test_what_the_user_states_wins() -> None:
+    made = model("float[1, 3, 32, 32] x")
+    x = probe_feeds(made, specs={"x": InputSpec(low=0, high=255)})[0]["x"]
+    assert 0 <= x.min() <= x.max() <= 255
+    assert 110 < x.mean() < 145
+    x = probe_feeds(made, specs={"x": InputSpec(kind="gaussian", mean=5, std=2)})[0]["x"]
+    assert 4.8 < x.mean() < 5.2
+    with pytest.raises(DataError, match="no input named 'z'"):
+        probe_feeds(made, specs={"z": InputSpec()})
+    with pytest.raises(DataError, match="unknown kind"):
+        InputSpec(kind="picture")
+    with pytest.raises(DataError, match="empty"):
+        InputSpec(low=1, high=0)
+
+
+def test_seed_and_count() -> None:
+    made = model("float[1, 3, 8, 8] x")
+    first, second = probe_feeds(made, count=2, seed=5)
+    assert not np.array_equal(first["x"], second["x"])
+    np.testing.assert_array_equal(first["x"], probe_feeds(made, count=1, seed=5)[0]["x"])
+
+
+def test_sizes_by_name_and_position() -> None:
+    made = model("int64[batch, seq_len] ids, float[batch, 8, total, 64] past, float[n, c, h, w] x")
+    past = made.graph.inputs[1]
+    past.shape = ir.Shape(["batch", 8, "past_len + seq_len", 64])
+    made.graph.inputs.append(ir.val("more", dtype=ir.DataType.FLOAT, shape=ir.Shape(["batch", "past_len"])))
+    sizes = symbolic_sizes(made)
+    assert sizes["past_len + seq_len"] == sizes["past_len"] + sizes["seq_len"] == 32
+    assert sizes["batch"] == 1
+    assert sizes["seq_len"] == 16
+    assert sizes["h"] == sizes["w"] == 224
+    assert sizes["c"] == 3
+    assert {frozenset(sizes) for sizes in candidate_sizes(made)} == {frozenset(sizes)}
+
+
+def test_a_model_that_refuses_the_usual_size_gets_another() -> None:
+    made = model("float[n, 1, h, w] x, float[1024, 4] weight", "f = Flatten(x) y = MatMul(f, weight)", "float[m, 4] y")
+    weight = made.graph.inputs.pop()
+    weight.const_value = ir.tensor(np.zeros((1024, 4), np.float32))
+    made.graph.register_initializer(weight)
+    assert runnable_sizes(made) == {"n": 1, "h": 32, "w": 32}
+
+
+def test_a_model_that_refuses_every_size_says_so() -> None:
+    made = model("float[n, 1, h, w] x, float[7, 4] weight", "f = Flatten(x) y = MatMul(f, weight)", "float[m, 4] y")
+    weight = made.graph.inputs.pop()
+    weight.const_value = ir.tensor(np.zeros((7, 4), np.float32))
+    made.graph.register_initializer(weight)
+    with pytest.raises(DataError, match="no usual size"):
+        runnable_sizes(made)
+
+
+def test_strings_are_refused() -> None:
+    with pytest.raises(DataError, match="cannot be made up"):
+        probe_feeds(model("string[2] x", outputs="string[2] y"))

@@ -1,0 +1,188 @@
+"""The command line: the same calls, JSON on each, exit codes 0, 1 and 2, and no traceback without --debug."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.cli import main
+from graphopt.ir.load import load
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """A small conv net with everything that recipe `exact` removes."""
+    rng = np.random.default_rng(0)
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[n,3,16,16] x, float[16,3,3,3] w, float[16] gamma, float[16] beta, float[16] mean, float[16] variance)
+      => (float[n,16,16,16] y) {
+      same = Identity (x)
+      c = Conv <pads = [1, 1, 1, 1]> (same, w)
+      b = BatchNormalization (c, gamma, beta, mean, variance)
+      y = Relu (b)
+    }"""
+    model = ir.from_onnx_text(text)
+    for value in list(model.graph.inputs)[1:]:
+        shape = tuple(int(size) for size in value.shape)
+        value.const_value = ir.tensor((rng.random(shape) + 0.5).astype(np.float32), name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    return path
+
+
+def run(*arguments: object) -> int:
+    """Exit code of the command line."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    code = caught.value.code
+    return 0 if code is None else int(code)
+
+
+def test_optimize_writes_the_model_and_the_report(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report, page = tmp_path / "out.onnx", tmp_path / "report.json", tmp_path / "diff.html"
+    assert run("optimize", model_file, "-o", out, "--recipe", "exact", "--report", report, "--html", page) == 0
+    assert [node.op_type for node in load(out).graph] == ["Conv", "Relu"]
+    assert json.loads(report.read_text())["recipe"] == "exact"
+    assert page.read_text().startswith("<!")
+    assert "fold-batchnorm" in capsys.readouterr().out
+
+
+def test_optimize_json_is_json_alone(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("optimize", model_file, "-o", tmp_path / "out.onnx", "--recipe", "exact", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["steps"]
+    assert captured.err == ""
+
+
+def test_optimize_int8_with_calibration_files(model_file: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32))
+    out = tmp_path / "out.onnx"
+    code = run("optimize", model_file, "-o", out, "--calibration", tmp_path / "images.npy", "--quiet")
+    assert code == 0
+    assert out.exists()
+
+
+def test_a_missed_target_is_exit_code_1_and_the_file_is_written(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    assert run("optimize", model_file, "-o", out, "--recipe", "int8", "--tolerance", "1e-9") == 1
+    assert out.exists()
+    assert "target was missed" in capsys.readouterr().err
+
+
+def test_inspect(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model_file) == 0
+    text = capsys.readouterr().out
+    for part in ("input   x: FLOAT[n,3,16,16]", "output  y", "opset   ai.onnx 21", "dynamic n", "Conv", "110,592"):
+        assert part in text
+    assert run("inspect", model_file, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["macs"] == 16 * 16 * 16 * 27
+    assert document["inputs"] == {"x": "FLOAT[n,3,16,16]"}
+
+
+def test_diff(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.onnx"
+    run("optimize", model_file, "-o", out, "--recipe", "exact", "--quiet")
+    capsys.readouterr()
+    assert run("diff", model_file, out) == 0
+    assert "BatchNormalization" in capsys.readouterr().out
+    assert run("diff", model_file, out, "--json", "--html", tmp_path / "d.html") == 0
+    assert json.loads(capsys.readouterr().out)["groups"]
+    assert (tmp_path / "d.html").exists()
+
+
+def test_bench(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", model_file, model_file, "--seconds", "0.2", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in document["models"]] == ["model.onnx", "model.onnx"]
+    assert document["models"][0]["speed"]["median"] == 1.0
+
+
+def test_verify_same_and_different(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.onnx"
+    run("optimize", model_file, "-o", out, "--recipe", "exact", "--quiet")
+    assert run("verify", model_file, out) == 0
+    broken = ir.load(model_file)
+    broken.graph.initializers["w"].const_value = ir.tensor(np.ones((16, 3, 3, 3), np.float32), name="w")
+    ir.save(broken, tmp_path / "broken.onnx")
+    assert run("verify", model_file, tmp_path / "broken.onnx") == 1
+    assert "outputs differ" in capsys.readouterr().err
+    assert run("verify", model_file, tmp_path / "broken.onnx", "--tolerance", "1000") == 0
+
+
+def test_example_inputs_from_files(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.zeros((2, 3, 16, 16), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x)
+    for name in ("x.npy", "x.npz"):
+        assert run("inspect", model_file, "--input", tmp_path / name, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["dynamic"] == {"n": 2}
+
+
+BAD = [
+    ("optimize", "{missing}", "-o", "{out}"),
+    ("optimize", "{text}", "-o", "{out}"),
+    ("optimize", "{model}", "-o", "{out}", "--recipe", "nonsense"),
+    ("optimize", "{model}", "-o", "{out}", "--recipe", "missing.toml"),
+    ("optimize", "{model}", "-o", "/nowhere/out.onnx", "--recipe", "exact"),
+    ("optimize", "{model}", "-o", "{out}", "--calibration", "{text}"),
+    ("optimize", "{model}", "-o", "{out}", "--calibration", "{wrong}"),
+    ("optimize", "{model}", "-o", "{out}", "--input", "{wrong}"),
+    ("optimize", "{model}", "-o", "{out}", "--target", "tpu"),
+    ("optimize", "{model}", "-o", "{out}", "--tolerance", "-1"),
+    ("optimize", "{model}"),
+    ("optimize", "{model}", "-o", "{out}", "--nonsense"),
+    ("inspect", "{missing}"),
+    ("inspect", "{folder}"),
+    ("diff", "{model}", "{missing}"),
+    ("bench", "{missing}"),
+    ("verify", "{model}", "{text}"),
+    ("nonsense",),
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=lambda arguments: " ".join(arguments))
+def test_bad_usage_is_exit_code_2_without_a_traceback(
+    arguments: tuple[str, ...], model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.npy").write_text("hello")
+    np.save(tmp_path / "wrong.npy", np.zeros((4, 5, 6), np.float32))
+    places: dict[str, Any] = {
+        "model": model_file,
+        "missing": tmp_path / "missing.onnx",
+        "text": tmp_path / "text.npy",
+        "wrong": tmp_path / "wrong.npy",
+        "folder": tmp_path,
+        "out": tmp_path / "out.onnx",
+    }
+    before = sorted(tmp_path.iterdir())
+    assert run(*[argument.format(**places) for argument in arguments]) == 2
+    assert sorted(tmp_path.iterdir()) == before, "something half-written was left behind"
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.strip()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graphopt", "--debug", "inspect", str(tmp_path / "missing.onnx")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" in result.stderr
+    assert result.returncode != 0
+
+
+def test_the_output_may_be_the_input(model_file: Path) -> None:
+    assert run("optimize", model_file, "-o", model_file, "--recipe", "exact", "--quiet") == 0
+    assert [node.op_type for node in load(model_file).graph] == ["Conv", "Relu"]
