@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if not chosen:
         parser.error(f"no such family; families are {', '.join(FAMILIES)}")
+    machine = platform.processor() or platform.machine()
     print(
-        f"{datetime.date.today()}  onnxruntime {onnxruntime.__version__}  {platform.processor()}  1 thread  "
-        f"{options.rounds} rounds"
+        f"{datetime.date.today()}  onnxruntime {onnxruntime.__version__}  {machine}  1 thread  {options.rounds} rounds"
     )
     for name in chosen:
         _time_family(name, FAMILIES[name], options.rounds)

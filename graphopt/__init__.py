@@ -1,0 +1,60 @@
+"""graphopt: a trained network in, a verified, faster and smaller ONNX model and its report out.
+
+The public door. `graphopt.optimize` is the main call; the others are its parts.
+"""
+
+from __future__ import annotations
+
+from graphopt.errors import (
+    DataError,
+    GraphoptError,
+    InvalidGraphError,
+    LoadError,
+    RecipeError,
+    TargetMissedError,
+    TraceError,
+    WriteError,
+)
+from graphopt.export.benchmark import Benchmark, benchmark
+from graphopt.export.report import Report, Step
+from graphopt.export.write import save
+from graphopt.inputs.probes import InputSpec
+from graphopt.ir.compare import Comparison, compare
+from graphopt.ir.diff import GraphDiff, diff
+from graphopt.ir.load import load
+from graphopt.ir.trace import trace
+from graphopt.optimize import Result, optimize
+from graphopt.passes import Context, Pass, Remark, Semantics
+from graphopt.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Benchmark",
+    "Comparison",
+    "Context",
+    "DataError",
+    "GraphDiff",
+    "GraphoptError",
+    "InputSpec",
+    "InvalidGraphError",
+    "LoadError",
+    "Pass",
+    "Recipe",
+    "RecipeError",
+    "Remark",
+    "Report",
+    "Result",
+    "Semantics",
+    "Step",
+    "TargetMissedError",
+    "TraceError",
+    "WriteError",
+    "benchmark",
+    "compare",
+    "diff",
+    "load",
+    "optimize",
+    "save",
+    "trace",
+]

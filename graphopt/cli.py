@@ -119,6 +119,7 @@ def diff(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="write one self-contained page")
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="every change, not one of each shape")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what changed between two models, equal changes collapsed."""

@@ -117,10 +117,11 @@ def optimize(
     _check_budget(evaluate, max_drop, tolerance)
     with Progress(quiet=quiet, total=len(chosen.passes) + 3) as progress:
         progress.start("read the model")
-        original, canonical, source, example = _read(model, args, kwargs, dynamic_shapes)
+        subject = _read(model, args, kwargs, dynamic_shapes)
+        original = subject.original
         data = None if calibration is None else Calibration(original, calibration)
-        feeds, sizes = _feeds(original, example, data)
-        canonical = canonical if canonical is not None else canonicalize(original.clone(), sizes=sizes)
+        feeds, sizes = _feeds(subject, data)
+        canonical = subject.canonical or canonicalize(original.clone(), sizes=sizes)
         limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
         guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
         context = Context(target=target, threads=threads, sizes=sizes, calibration=data)
@@ -140,11 +141,11 @@ def optimize(
         progress.start("measure the result")
         final, error = guard.final(best)
     report = Report(
-        source=source,
+        source=subject.name,
         recipe=chosen.name,
         target=target,
         threads=threads,
-        data=_data_sentence(data, feeds),
+        data=_data_sentence(data),
         steps=tuple(steps),
         final=final,
         error=error,
@@ -156,19 +157,24 @@ def optimize(
     return Result(best, report, original, target)
 
 
-def _read(
-    model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> tuple[ir.Model, ir.Model | None, str, dict[str, np.ndarray] | None]:
-    """The original graph, its canonical form where it is known already, a name for it, and the example feeds."""
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be optimized: the graph as given, its canonical form where known, its name, the user's inputs."""
+
+    original: ir.Model
+    canonical: ir.Model | None
+    name: str
+    feeds: tuple[dict[str, np.ndarray], ...]
+
+
+def _read(model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> _Subject:
     if _is_torch(model):
         from graphopt.ir.trace import trace_with_feeds
 
-        traced, feeds = trace_with_feeds(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        return traced, traced.clone(), type(model).__name__, feeds
+        traced = trace_with_feeds(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        return _Subject(traced.model, traced.model.clone(), type(model).__name__, traced.feeds)
     if dynamic_shapes is not None:
-        raise DataError(
-            "dynamic_shapes is for torch modules", help="ONNX files carry their dynamic dimensions"
-        )
+        raise DataError("dynamic_shapes is for torch modules", help="ONNX files carry their dynamic dimensions")
     if not isinstance(model, (str, os.PathLike, bytes, onnx.ModelProto, ir.Model)):
         raise DataError(
             f"cannot optimize a {type(model).__name__}",
@@ -178,7 +184,8 @@ def _read(
     check_opset(original)
     check_structure(original)
     name = Path(model).name if isinstance(model, (str, os.PathLike)) else (original.graph.name or "model")
-    return original, None, name, example_feeds(original, args, kwargs)
+    example = example_feeds(original, args, kwargs)
+    return _Subject(original, None, name, () if example is None else (example,))
 
 
 def example_feeds(
@@ -204,18 +211,15 @@ def example_feeds(
     return next(iter(Calibration(model, [{name: as_array(entry, name) for name, entry in given.items()}])))
 
 
-def _feeds(
-    model: ir.Model, example: dict[str, np.ndarray] | None, data: Calibration | None
-) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
-    """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in them."""
-    if example is None and data is not None:
-        example = next(iter(data))
-    if example is None:
-        sizes = runnable_sizes(model)
-        example = probe_feeds(model, sizes=sizes)[0]
-    sizes = _sizes_in(model, example)
-    feeds = [example]
-    if sizes:
+def _feeds(subject: _Subject, data: Calibration | None) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
+    """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in it."""
+    model, feeds = subject.original, list(subject.feeds)
+    if not feeds and data is not None:
+        feeds = [next(iter(data))]
+    if not feeds:
+        feeds = probe_feeds(model, sizes=runnable_sizes(model))
+    sizes = _sizes_in(model, feeds[0])
+    if sizes and len(feeds) == 1:
         other = probe_feeds(model, sizes={name: 2 * size for name, size in sizes.items()}, seed=1)[0]
         if _runs(model, other):
             feeds.append(other)
@@ -260,7 +264,7 @@ def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None
             raise DataError(f"`{name}` is {value}, but must be at least 0", where=name)
 
 
-def _data_sentence(data: Calibration | None, feeds: Sequence[Any]) -> str:
+def _data_sentence(data: Calibration | None) -> str:
     if data is None:
         return "data-free"
     return f"{data.samples} calibration samples" if data.samples is not None else "calibration data"

@@ -64,6 +64,8 @@ class Guard:
     threads: int
     sizes: Mapping[str, int]
     _reference: list[list[np.ndarray]] = field(default_factory=list)
+    _anchor: list[list[np.ndarray]] = field(default_factory=list)
+    _anchor_error: float = 0.0
     _metric: float | None = None
     _best: Session | None = None
     _best_speed: float = 1.0
@@ -73,6 +75,7 @@ class Guard:
         start = time.perf_counter()
         reference = open_session(self.original, optimized=False, threads=self.threads)
         self._reference = [reference.run_feeds(feeds) for feeds in self.feeds]
+        self._anchor = self._reference
         del reference
         self._best = self._open(self.original)
         if self.budget.evaluate is not None:
@@ -101,11 +104,15 @@ class Guard:
         except GraphoptError as error:
             return Step(name, ROLLED_BACK, size, reason=error.what)
         comparison = self._compare(outputs)
-        reason = self._numbers_reason(comparison, semantics)
+        reason = self._numbers_reason(comparison, outputs, semantics)
         if reason is not None:
             return Step(name, ROLLED_BACK, size, reason=reason, error=comparison)
         assert self._best is not None
         timing = self._time(self._best, session)
+        if timing.is_slower() and not must_keep:
+            del session  # placement of buffers alone makes a few percent: judge a second loading, for longer
+            session = self._open(candidate)
+            timing = self._time(self._best, session, seconds=4 * _SECONDS_PER_TIMING)
         speed = self._best_speed * timing.speeds[1].median
         step = Step(name, APPLIED, size, latency=timing.latencies[1], speed=speed, error=comparison)
         if timing.is_slower() and not must_keep:
@@ -118,6 +125,8 @@ class Guard:
             if reason is not None:
                 return _rejected(step, reason)
         self._best, self._best_speed = session, speed
+        if semantics is Semantics.LOSSY:
+            self._anchor, self._anchor_error = outputs, comparison.error
         return step
 
     def final(self, result: ir.Model) -> tuple[Benchmark, Comparison]:
@@ -129,29 +138,37 @@ class Guard:
             [original, session],
             self.feeds[0],
             names=("input", "result"),
-            seconds=2 * _SECONDS_PER_TIMING,
+            seconds=3 * _SECONDS_PER_TIMING,
             threads=self.threads,
             target=self.target,
         )
         return timing, self._compare(outputs)
 
-    def _compare(self, outputs: Sequence[Sequence[np.ndarray]]) -> Comparison:
+    def _compare(
+        self, outputs: Sequence[Sequence[np.ndarray]], reference: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> Comparison:
         names = [value.name or "" for value in self.original.graph.outputs]
-        return compare_runs(names, self._reference, outputs)
+        return compare_runs(names, self._reference if reference is None else reference, outputs)
 
-    def _numbers_reason(self, comparison: Comparison, semantics: Semantics) -> str | None:
+    def _numbers_reason(
+        self, comparison: Comparison, outputs: Sequence[Sequence[np.ndarray]], semantics: Semantics
+    ) -> str | None:
+        """Why the outputs are too far away: from the original for a lossy pass, from the anchor for an exact one.
+
+        The anchor is the last lossy graph that was accepted, or the original. Behind a lossy graph rounding may
+        tip a quantizer into the next step, so a quarter of the error that the user has accepted is allowed then.
+        """
         worst = comparison.worst
         if worst is None:
             return None
         if not math.isfinite(comparison.error):
             return f"output {worst.name}: {worst.reason or 'no finite error'}"
         if semantics is Semantics.EXACT:
-            for output, reference in zip(comparison.outputs, self._reference[0], strict=False):
-                limit = exact_tolerance(np.asarray(reference))
+            moved = self._compare(outputs, self._anchor)
+            for output, reference in zip(moved.outputs, self._anchor[0], strict=False):
+                limit = exact_tolerance(np.asarray(reference)) + self._anchor_error / 4
                 if output.error > limit:
-                    return (
-                        f"output {output.name} moved by {output.error:.1e}, more than rounding ({limit:.0e})"
-                    )
+                    return f"output {output.name} moved by {output.error:.1e}, more than rounding ({limit:.0e})"
             return None
         limit = self.budget.tolerance
         if limit is not None and comparison.error > limit:
@@ -170,12 +187,12 @@ class Guard:
     def _open(self, model: ir.Model) -> Session:
         return open_session(model, target=self.target, threads=self.threads)
 
-    def _time(self, *sessions: Session) -> Benchmark:
+    def _time(self, *sessions: Session, seconds: float = _SECONDS_PER_TIMING) -> Benchmark:
         return interleave(
             sessions,
             self.feeds[0],
             names=("best so far", "candidate")[: len(sessions)],
-            seconds=_SECONDS_PER_TIMING * len(sessions) / 2,
+            seconds=seconds * len(sessions) / 2,
             threads=self.threads,
             target=self.target,
         )

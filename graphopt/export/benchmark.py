@@ -21,7 +21,7 @@ from graphopt.ir.session import Session, open_session
 
 _LEAST_ROUNDS = 7
 _MOST_ROUNDS = 2000
-_SLOWER_RATIO = 1.02
+_SLOWER_RATIO = 1.03
 """A model is called slower only where the median ratio is above this and three quarters of the rounds agree."""
 
 

@@ -41,7 +41,7 @@ class Calibration:
         7
     """
 
-    def __init__(self, model: ir.Model, source: Iterable[Any], *, limit: int | None = None) -> None:
+    def __init__(self, model: ir.Model, source: Any, *, limit: int | None = None) -> None:
         """Wrap `source` for `model`.
 
         Args:
@@ -175,7 +175,7 @@ class Calibration:
     def _cast(self, array: np.ndarray, value: ir.Value, wanted: np.dtype[Any], where: str) -> np.ndarray:
         """The array in the model's dtype, where nothing but float precision is lost by it."""
         floats = value.dtype is not None and value.dtype.is_floating_point() and array.dtype.kind == "f"
-        if floats or np.can_cast(array.dtype, wanted, "safe") and array.dtype.kind == wanted.kind:
+        if floats or (np.can_cast(array.dtype, wanted, "safe") and array.dtype.kind == wanted.kind):
             note = f"input {value.name!r}: cast from {array.dtype} to {wanted}"
             if note not in self.notes:
                 self.notes.append(note)
@@ -205,9 +205,7 @@ def as_array(given: Any, where: str = "input") -> np.ndarray:
             raise DataError(f"not an array: {error}", where=where, help="give NumPy arrays or tensors") from error
     array = np.asarray(given)
     if array.dtype == object:
-        raise DataError(
-            f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors"
-        )
+        raise DataError(f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors")
     return array
 
 

@@ -228,8 +228,9 @@ def bound_sizes(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, i
     """The number of elements of each symbolic dimension of the inputs, as these feeds have it."""
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
-        if value.name in feeds and value.shape is not None:
-            for dimension, size in zip(value.shape, feeds[value.name].shape, strict=True):
+        fed = feeds.get(value.name or "")
+        if fed is not None and value.shape is not None:
+            for dimension, size in zip(value.shape, fed.shape, strict=True):
                 if not isinstance(dimension, int) and dimension.value:
                     sizes[dimension.value] = int(size)
     return sizes

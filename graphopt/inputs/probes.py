@@ -207,9 +207,7 @@ def _role(value: ir.Value, axis: int, name: str) -> str:
 
 
 def _is_expression(name: str) -> bool:
-    return not name.replace(".", "_").replace(":", "_").isidentifier() and any(
-        sign in name for sign in "+-*/ "
-    )
+    return not name.replace(".", "_").replace(":", "_").isidentifier() and any(sign in name for sign in "+-*/ ")
 
 
 def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
@@ -236,9 +234,7 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
         return 16
 
 
-def _probe(
-    value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator: np.random.Generator
-) -> np.ndarray:
+def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
     if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
         raise DataError(
             f"inputs cannot be made up for input {value.name!r}: {value.type}, {value.shape}",
@@ -300,9 +296,7 @@ def _image_axes(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     return None
 
 
-def _float_probe(
-    kind: str, shape: tuple[int, ...], spec: InputSpec, generator: np.random.Generator
-) -> np.ndarray:
+def _float_probe(kind: str, shape: tuple[int, ...], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
     if kind == "mask":
         return np.ones(shape)
     axes = _image_axes(shape)

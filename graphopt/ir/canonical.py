@@ -17,6 +17,7 @@ from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.propagate import DEFAULT_SIZE, Facts, propagate, symbolic_dimensions
+from graphopt.ir.rewrite import Rewriter, is_op
 
 NOTES = "graphopt.notes"
 """Key in `model.meta`: list of sentences about how the model was read, for the report."""
@@ -56,10 +57,9 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     _drop_training_mode(model)
     fold_static_sizes(model, sizes)
     write_defaults_out(model, infer_shapes(model, sizes))
+    _bypass_identities(model)
     _clean(
         model,
-        common.IdentityEliminationPass(),
-        common.OutputFixPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )
@@ -71,8 +71,8 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
 def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
     """Replace every small value that two probes of the symbolic dimensions agree on by an initializer.
 
-    Values computed from float weights are left alone: folding them would tear the weight from its name before
-    pruning. Weights that a ConstantOfShape stands for are written out.
+    Values computed from float weights alone are left: folding them would tear the weight from its name before
+    pruning and training. Weights that a ConstantOfShape stands for are written out.
     """
     first, second = _two_probes(model, sizes)
     for graph in model.graphs():
@@ -85,7 +85,8 @@ def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -
 
 
 def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | None:
-    if value in first.constants and value in second.constants and value not in first.from_weights:
+    foldable = value in first.sizes or (value.dtype is not None and not value.dtype.is_floating_point())
+    if value in first.constants and value in second.constants and foldable and value not in first.from_weights:
         a, b = first.constants[value], second.constants[value]
         same = (
             a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -192,6 +193,15 @@ def _drop_training_mode(model: ir.Model) -> None:
                 and node.inputs[0] is not None
             ):
                 node.outputs[0].replace_all_uses_with(node.inputs[0])
+
+
+def _bypass_identities(model: ir.Model) -> None:
+    """Identity goes, but for one that gives an input, a weight or another output the name of an output."""
+    rewriter = Rewriter(model)
+    for graph in model.graphs():
+        for node in list(graph):
+            if is_op(node, "Identity") and node.inputs[0] is not None:
+                rewriter.bypass(node.outputs[0], node.inputs[0])
 
 
 def note(model: ir.Model, sentence: str) -> None:

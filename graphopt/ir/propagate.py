@@ -45,6 +45,7 @@ class Facts:
             (ask `constant`, which looks at them too).
         from_weights: values computed from float weights; they are known, yet must not be folded away before
             pruning, because that would tear the weight from its name.
+        sizes: values computed from a shape (of anything, the shape itself included).
         unknown: nodes with an output of unknown shape.
         conflicts: nodes that shape inference rejects, with its message.
     """
@@ -53,6 +54,7 @@ class Facts:
     dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
     constants: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     from_weights: set[ir.Value] = field(default_factory=set)
+    sizes: set[ir.Value] = field(default_factory=set)
     unknown: list[ir.Node] = field(default_factory=list)
     conflicts: list[tuple[ir.Node, str]] = field(default_factory=list)
 
@@ -175,6 +177,8 @@ class _Propagation:
             "Size",
         ):
             facts.from_weights.update(node.outputs)
+        if node.op_type in ("Shape", "Size") or any(value in facts.sizes for value in node.inputs if value is not None):
+            facts.sizes.update(node.outputs)
         subgraphs = [attribute for attribute in node.attributes.values() if _holds_graphs(attribute)]
         if subgraphs:
             self._control_flow(node)
@@ -203,6 +207,8 @@ class _Propagation:
         if results is None:
             return
         for value, result in zip(node.outputs, results, strict=False):
+            if result is None or isinstance(result, (list, tuple, dict)):
+                continue  # sequences, maps and absent optionals are no tensors
             array = np.asarray(result)
             facts.shapes[value] = array.shape
             facts.dtypes.setdefault(value, ir.DataType.from_numpy(array.dtype))

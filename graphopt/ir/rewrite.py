@@ -185,7 +185,7 @@ class Rewriter:
     def unique_name(self, wanted: str) -> str:
         """`wanted`, or `wanted` with the first number that makes it new in the model, subgraphs included."""
         if self._names is None:
-            self._names = {name for name in map(_name_of, _all_values(self.model)) if name}
+            self._names = {named.name for named in _values_and_nodes(self.model) if named.name}
         name, number = wanted, 1
         while name in self._names:
             name, number = f"{wanted}_{number}", number + 1
@@ -354,11 +354,7 @@ def _graph_of(node: ir.Node) -> ir.Graph:
     return node.graph
 
 
-def _name_of(value: ir.Value | ir.Node) -> str | None:
-    return value.name
-
-
-def _all_values(model: ir.Model) -> Sequence[ir.Value | ir.Node]:
+def _values_and_nodes(model: ir.Model) -> Sequence[ir.Value | ir.Node]:
     found: list[ir.Value | ir.Node] = []
     for graph in model.graphs():
         found.extend(graph.inputs)

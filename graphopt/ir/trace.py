@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, TraceError
@@ -77,15 +78,39 @@ def trace(
         >>> str(model.graph.inputs[0].shape), list(model.graph.initializers)
         ('[batch,3]', ['weight', 'bias'])
     """
+    return trace_with_feeds(module_or_program, args, kwargs, dynamic_shapes=dynamic_shapes).model
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A verified graph and the inputs on which it was verified.
+
+    Attributes:
+        model: the graph in canonical form.
+        feeds: arrays by input name: the example inputs first, then a second size of the dynamic axes, if any.
+    """
+
+    model: ir.Model
+    feeds: tuple[dict[str, np.ndarray], ...]
+
+
+def trace_with_feeds(
+    module_or_program: torch.nn.Module | torch.export.ExportedProgram,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Traced:
+    """As `trace`, with the inputs that the export was verified on."""
     subject = make_subject(module_or_program, args, kwargs, dynamic_shapes)
     with inference_state(subject):
         outputs = output_names(subject)
         tensors = _export_inputs(subject)
         attempts = _Attempts()
         for exporter in EXPORTERS:
-            model = _attempt(exporter, subject, tensors, outputs, attempts)
-            if model is not None:
-                return model
+            traced = _attempt(exporter, subject, tensors, outputs, attempts)
+            if traced is not None:
+                return traced
     raise _failure(subject, attempts)
 
 
@@ -107,7 +132,7 @@ def _attempt(
     tensors: Sequence[torch.Tensor],
     outputs: Sequence[str],
     attempts: _Attempts,
-) -> ir.Model | None:
+) -> Traced | None:
     """Export with one exporter and verify. None, and the failure recorded, where that does not work out."""
     import torch
 
@@ -138,7 +163,7 @@ def _attempt(
     return _canonical(model, subject, evidence, [*subject.notes, *fallen_back])
 
 
-def _canonical(model: ir.Model, subject: Subject, evidence: Evidence, notes: Sequence[str]) -> ir.Model:
+def _canonical(model: ir.Model, subject: Subject, evidence: Evidence, notes: Sequence[str]) -> Traced:
     """The canonical form of a verified model, verified once more: this time a difference would be ours."""
     interface = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
     model = canonicalize(model, sizes=open_sizes(model, subject.tensors))
@@ -154,7 +179,8 @@ def _canonical(model: ir.Model, subject: Subject, evidence: Evidence, notes: Seq
         )
     known = model.meta.get(NOTES, [])
     model.meta[NOTES] = list(dict.fromkeys([*known, *notes, *evidence.notes]))
-    return model
+    names = [str(value.name) for value in model.graph.inputs]
+    return Traced(model, tuple(dict(zip(names, run, strict=True)) for run in evidence.inputs))
 
 
 def _random(subject: Subject) -> GraphoptError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +19,9 @@ from graphopt.passes.contract import Context, Pass, Semantics
 
 _KEEP = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 """Folding these would undo a quantization: the int8 weight is what is to be stored."""
-_SMALL = 1024
+_SMALL = 4096
 """Elements up to which a result may be larger than its operands."""
+_LOG = logging.getLogger("onnxscript.optimizer._constant_folding")
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,14 @@ class FoldConstants(Pass):
     """Evaluate nodes whose operands are all constant and store the results as initializers.
 
     onnxscript's folder does the work (reference evaluator, shape arithmetic, constant conditions of If).
-    Three limits are ours. A result is stored only where it is not larger than its operands together, or small
-    (1024 elements): Expand, ConstantOfShape, Tile or an outer sum of constants stay. The size is known before
-    anything is computed, so memory is bounded. QuantizeLinear and DequantizeLinear are never folded.
+    Three limits are ours. A result is stored only where it is at most `growth` times as large as its operands
+    together, or small (4096 elements): Expand, ConstantOfShape, Tile or an outer sum of large constants stay.
+    The size is known before anything is computed, so memory is bounded. QuantizeLinear and DequantizeLinear are
+    never folded, since the quantized weight is what is to be stored.
+
+    Options:
+        growth: elements of a result over elements of all operands. 4 lets a relative position bias (a table
+            gathered by an index, 2.5 times as large in Swin) be stored.
 
     Before::
 
@@ -46,24 +55,39 @@ class FoldConstants(Pass):
         }
     """
 
+    growth: float = 4.0
+
     name: ClassVar[str] = "fold-constants"
     semantics: ClassVar[Semantics] = Semantics.EXACT
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Fold, then keep all constants as initializers."""
-        FoldConstantsPass(
+        folder = FoldConstantsPass(
             shape_inference=True,
             input_size_limit=sys.maxsize,
             output_size_limit=sys.maxsize,
-            should_fold=lambda node: _reason_to_keep(node) is None,
-        )(model)
+            should_fold=lambda node: _reason_to_keep(node, self.growth) is None,
+        )
+        with _silenced(_LOG):
+            folder(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for graph in model.graphs():
             for value in tuple(graph.initializers.values()):
                 discard_if_unread(value)
             for node in graph:
-                if _operands_are_constant(node) and (why := _reason_to_keep(node)) is not None:
+                if _operands_are_constant(node):
+                    why = _reason_to_keep(node, self.growth) or "the reference evaluator cannot compute it"
                     context.missed("fold constant", why, node)
+
+
+@contextlib.contextmanager
+def _silenced(log: logging.Logger) -> Generator[None]:
+    """Without the warnings of the folder: what it cannot evaluate becomes a remark of ours."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _operands_are_constant(node: ir.Node) -> bool:
@@ -71,7 +95,7 @@ def _operands_are_constant(node: ir.Node) -> bool:
     return bool(operands) and all(constant_tensor(value) is not None for value in operands)
 
 
-def _reason_to_keep(node: ir.Node) -> str | None:
+def _reason_to_keep(node: ir.Node, growth: float) -> str | None:
     """Why a node with constant operands must not be evaluated, None where it may be."""
     if node.domain not in ("", "ai.onnx"):
         return f"operator {node.domain}::{node.op_type} is not known"
@@ -83,6 +107,6 @@ def _reason_to_keep(node: ir.Node) -> str | None:
     if shape is None:
         return "the size of its result is not known beforehand"
     operands = sum(value.const_value.size for value in node.inputs if value is not None and value.const_value)
-    if math.prod(shape) > max(_SMALL, operands):
+    if math.prod(shape) > max(_SMALL, growth * operands):
         return f"its result has {math.prod(shape)} elements, its operands {operands}"
     return None

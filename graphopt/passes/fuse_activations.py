@@ -26,6 +26,8 @@ from graphopt.passes.contract import Context, Pass, Semantics
 
 _TANH_SLOPE = math.sqrt(2.0 / math.pi)
 _TANH_CUBIC = 0.044715
+_TANH_SATURATES = 10.0
+"""From here on tanh is 1 in float32, so that it does not matter how softplus goes on."""
 _HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 Attributes = dict[str, "int | float | str | Sequence[int]"]
@@ -89,6 +91,7 @@ class FuseActivations(Pass):
 
     name: ClassVar[str] = "fuse-activations"
     semantics: ClassVar[Semantics] = Semantics.EXACT
+    runs_after: ClassVar[tuple[str, ...]] = ("eliminate-identity",)
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Rewrite every activation that is recognized; clipping first, since HardSigmoid is built on it."""
@@ -334,15 +337,29 @@ def _mish(rewriter: Rewriter, node: ir.Node) -> bool:
 
 
 def _spelled_mish(softplus: ir.Node, x: ir.Value) -> tuple[ir.Value, set[ir.Node]] | None:
-    for use in softplus.outputs[0].uses():
+    value, guard = _softplus(softplus, x)
+    for use in value.uses():
         if not is_op(use.node, "Tanh"):
             continue
         anchor = use.node.outputs[0]
         for result in possible_results(anchor):
             outer = _expand_to(result, (x, anchor), {monomial((x, 1), (anchor, 1)): 1.0})
             if outer is not None:
-                return result, {softplus, use.node, *outer.nodes}
+                return result, {softplus, *guard, use.node, *outer.nodes}
     return None
+
+
+def _softplus(softplus: ir.Node, x: ir.Value) -> tuple[ir.Value, set[ir.Node]]:
+    """The softplus of x, through torch's Where(x > threshold, x, Softplus(x)) where tanh does not see that."""
+    for use in softplus.outputs[0].uses():
+        choice = use.node
+        if not is_op(choice, "Where") or choice.inputs[1] is not x or choice.inputs[2] is not softplus.outputs[0]:
+            continue
+        large = None if choice.inputs[0] is None else choice.inputs[0].producer()
+        threshold = scalar(large.inputs[1]) if large is not None and is_op(large, "Greater") else None
+        if large is not None and large.inputs[0] is x and threshold is not None and threshold >= _TANH_SATURATES:
+            return choice.outputs[0], {choice, large}
+    return softplus.outputs[0], set()
 
 
 def _swish(rewriter: Rewriter, node: ir.Node) -> bool:

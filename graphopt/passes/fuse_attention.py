@@ -49,7 +49,8 @@ class FuseAttention(Pass):
         long                        1024      6         1.00  1.01   1.05   -
         grouped rows, no repeat      128     16         1.10    -      -    -     (rows of one group in one product)
 
-    Declined: float16 on CPU (0.78), other targets (not measured), and whatever cannot be consumed whole.
+    Declined: float16 on CPU (0.78), other targets (not measured), axes without a known size or symbol between the
+    projections and the products, and whatever cannot be consumed whole.
 
     Rows whose keys are all masked: onnxruntime's Attention gives 0 where the largest score is minus infinity or the
     lowest float, the primitives NaN or the mean of v. A mask that can have such rows is kept from the lowest float
@@ -85,6 +86,7 @@ class FuseAttention(Pass):
 
     name: ClassVar[str] = "fuse-attention"
     semantics: ClassVar[Semantics] = Semantics.EXACT
+    runs_after: ClassVar[tuple[str, ...]] = ("eliminate-identity",)
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Fuse every attention that is recognized; a remark for each near miss."""

@@ -82,7 +82,7 @@ class FuseNormalization(Pass):
 
     name: ClassVar[str] = "fuse-normalization"
     semantics: ClassVar[Semantics] = Semantics.EXACT
-    runs_after: ClassVar[tuple[str, ...]] = ("fuse-attention",)
+    runs_after: ClassVar[tuple[str, ...]] = ("eliminate-identity", "fuse-attention")
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Fuse every normalization that is recognized; a remark for each that cannot be consumed whole."""

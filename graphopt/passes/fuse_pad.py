@@ -180,5 +180,5 @@ def _require_pool_takes(node: ir.Node, kernel: tuple[int, ...], place: Spatial) 
         raise DeclinedError("the pooling rounds its output size up", node)
     if any(dilation != 1 for dilation in place.dilations):
         raise DeclinedError("the pooling is dilated", node)
-    if any(pad >= size for pads in (place.begins, place.ends) for pad, size in zip(pads, kernel, strict=True)):
+    if any(pad >= size for pad, size in zip((*place.begins, *place.ends), kernel * 2, strict=True)):
         raise DeclinedError("the padding is as wide as the kernel", node)

@@ -18,7 +18,7 @@ from graphopt.passes.quantize_apply import apply_plan, weight_axis
 from graphopt.passes.quantize_datafree import observe_probes
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import Placement, already_quantized, data_inputs, place, scaling_factor
-from graphopt.passes.quantize_plan import OperatorPlan, QuantizePlan, TensorPlan
+from graphopt.passes.quantize_plan import QuantizePlan, TensorPlan
 from graphopt.passes.quantize_ranges import RANGES, activation_range, asymmetric_quantizer, symmetric_scales
 
 PLACEMENTS = ("auto", "static", "dynamic")
@@ -69,6 +69,7 @@ class Quantize(Pass):
         "fuse-pad",
         "merge-linear",
         "merge-branches",
+        "pool-reduce-mean",
     )
 
     ranges: str = "minmax"
@@ -159,9 +160,7 @@ class Quantize(Pass):
             array = constant(value)
             assert array is not None
             scale, zero = asymmetric_quantizer(float(array.min()), float(array.max()), self.bits)
-            plans.append(
-                TensorPlan(value.name or "", "constant", self.bits, False, None, (scale,), (zero,), "weights")
-            )
+            plans.append(TensorPlan(value.name or "", "constant", self.bits, False, None, (scale,), (zero,), "weights"))
         return plans
 
     def _weights(self, placement: Placement, activations: list[TensorPlan]) -> list[TensorPlan]:
@@ -186,9 +185,7 @@ class Quantize(Pass):
             key = (value.name or "", axis)
             scales[key] = np.maximum(scales[key], found) if key in scales else found
         return [
-            TensorPlan(
-                name, "weight", self.bits, True, axis, tuple(map(float, found)), (0,) * found.size, "weights"
-            )
+            TensorPlan(name, "weight", self.bits, True, axis, tuple(map(float, found)), (0,) * found.size, "weights")
             for (name, axis), found in scales.items()
         ]
 

@@ -70,6 +70,8 @@ class _Writer:
             producer = dequantized.producer()
             if producer is not None and is_op(producer, "DequantizeLinear"):
                 discard_if_dead(producer)
+        for value in list(self.model.graph.initializers.values()):
+            discard_if_unread(value)
 
     # Static: DequantizeLinear -> operator -> QuantizeLinear, the form that onnxruntime turns into one int8 kernel.
 
@@ -93,7 +95,8 @@ class _Writer:
     def _static_weight(self, node: ir.Node) -> None:
         linear = linear_at(node)
         value = node.inputs[1]
-        assert linear is not None and value is not None
+        assert linear is not None
+        assert value is not None
         bias = linear.bias() if not is_op(node, "MatMul") else np.zeros(0)
         source = node.inputs[0]
         assert source is not None
@@ -146,11 +149,9 @@ class _Writer:
             operands = [integers, *self._integer_bounds(node, planned)]
         elif is_op(node, "Pad") and attribute(node, "mode", "constant") == "constant":
             operands = [integers, node.inputs[1], self._scalar(planned.zero_point[0], planned), *node.inputs[3:]]
-        outputs = [
-            ir.Value(name=self.rewriter.unique_name(f"{v.name}.quantized"), shape=v.shape) for v in node.outputs
-        ]
+        outputs = [ir.Value(name=self.rewriter.unique_name(f"{v.name}.quantized"), shape=v.shape) for v in node.outputs]
         for value in outputs:
-            value.dtype = integers.dtype
+            value.type = integers.type
         moved = ir.Node("", operator, operands, attributes, outputs=outputs)
         moved.name = self.rewriter.unique_name(f"{node_name(node)}.integer")
         self.model.graph.insert_after(node, moved)
@@ -177,7 +178,8 @@ class _Writer:
 
     def _dynamic(self, node: ir.Node) -> None:
         data, value, result = node.inputs[0], node.inputs[1], node.outputs[0]
-        assert data is not None and value is not None
+        assert data is not None
+        assert value is not None
         linear = linear_at(node)
         assert linear is not None
         if data not in self.dynamic:

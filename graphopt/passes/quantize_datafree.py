@@ -84,12 +84,13 @@ def steered(model: ir.Model) -> tuple[ir.Model, set[str]]:
             if statistics is None or of_rank is None or of_rank < 2 or value.is_graph_output():
                 continue
             names.add(value.name or "")
-            _steer(rewriter, value, *statistics, of_rank)
+            _steer(rewriter, value, statistics, of_rank)
     return copy, names
 
 
-def _steer(rewriter: Rewriter, value: ir.Value, mean: np.ndarray, std: np.ndarray, of_rank: int) -> None:
+def _steer(rewriter: Rewriter, value: ir.Value, statistics: tuple[np.ndarray, np.ndarray], of_rank: int) -> None:
     """value -> (value - E[value]) / sqrt(Var[value] + epsilon) * std + mean, moments over all but the channels."""
+    mean, std = statistics
     node = value.producer()
     assert node is not None
     assert isinstance(node.graph, ir.Graph)
@@ -122,14 +123,11 @@ def _steer(rewriter: Rewriter, value: ir.Value, mean: np.ndarray, std: np.ndarra
 
 def probes(model: ir.Model, sizes: Mapping[str, int], seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Batches of probes for statistics: as large as the batch dimension allows, a few of them."""
-    batch = {
-        value.shape[0].value
-        for value in model_inputs(model)
-        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
-    } - {None}
+    first = [value.shape[0] for value in model_inputs(model) if value.shape]
+    batch = {dimension.value for dimension in first if not isinstance(dimension, int)} - {None}
     single = probe_feeds(model, sizes={**sizes, **{str(name): 1 for name in batch}}, seed=seed)[0]
     if not batch:
-        return probe_feeds(model, sizes=sizes, count=16, seed=seed)
+        return probe_feeds(model, sizes=sizes, count=8, seed=seed)
     elements = max(sum(array.size for array in single.values()), 1)
     size = int(np.clip(_PROBE_ELEMENTS // elements, _SMALLEST_BATCH, 64))
     count = max(1, min(_PROBES // size, 4))

@@ -14,18 +14,20 @@ from graphopt.ir.rewrite import (
     DeclinedError,
     Rewriter,
     constant,
+    constant_float64,
     constant_tensor,
     integers,
     is_op,
     rank,
     to_tensor,
 )
+from graphopt.passes.fold_batchnorm import STATISTICS
 
 
 def legalize(model: ir.Model) -> None:
     """Rewrite in place what has an int8 kernel under another name. The function that is computed stays the same.
 
-    * ReduceMean over all spatial axes becomes GlobalAveragePool (and Squeeze without `keepdims`).
+    * Sum becomes Add, twice for three terms and so on.
     * ConvTranspose whose kernel equals its stride becomes a 1x1 Conv and DepthToSpace: no two windows overlap,
       so each input pixel makes its own block of the output.
     * HardSigmoid and HardSwish behind a Conv become Add, Clip and Mul: the Clip is the saturation of a quantizer
@@ -36,37 +38,26 @@ def legalize(model: ir.Model) -> None:
 
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
-        ... g (float[1, 8, 4, 4] x) => (float[1, 8] y) <int64[2] axes = {2, 3}>
-        ... { y = ReduceMean <keepdims = 0> (x, axes) }''')
-        >>> legalize(model); [node.op_type for node in model.graph]
-        ['GlobalAveragePool', 'Squeeze']
+        ... g (float[2] x, float[2] y, float[2] z) => (float[2] s) { s = Sum (x, y, z) }''')
+        >>> legalize(model)
+        >>> [node.op_type for node in model.graph]
+        ['Add', 'Add']
     """
     rewriter = Rewriter(model)
-    for rule in (_mean_to_pool, _transposed_to_depth_to_space, _hard_gate, _plain_gemm):
+    for rule in (_sum_to_adds, _transposed_to_depth_to_space, _hard_gate, _lone_batchnorm, _plain_gemm):
         rewriter.until_stable(rule, "legalize", lambda what, why, where: None)
 
 
-def _mean_to_pool(rewriter: Rewriter, node: ir.Node) -> bool:
-    if not is_op(node, "ReduceMean") or len(node.inputs) < 2:
+def _sum_to_adds(rewriter: Rewriter, node: ir.Node) -> bool:
+    if not is_op(node, "Sum") or len(node.inputs) < 2 or any(value is None for value in node.inputs):
         return False
-    data, axes = node.inputs[0], constant(node.inputs[1])
-    of_rank = None if data is None else rank(data)
-    if data is None or axes is None or of_rank is None or of_rank < 3 or data.dtype != ir.DataType.FLOAT:
-        return False
-    if sorted(int(axis) % of_rank for axis in axes) != list(range(2, of_rank)):
-        return False
-    keep = node.attributes.get("keepdims")
-    last = pool = rewriter.insert(node, "GlobalAveragePool", [data], like=node.outputs[0], suffix="pooled")
-    if keep is not None and not keep.as_int():
-        result = pool.outputs[0]
-        if data.shape is not None:
-            result.shape = ir.Shape([*list(data.shape)[:2], *[1] * (of_rank - 2)])
-        squeezed = np.arange(2, of_rank, dtype=np.int64)
-        spatial_axes = rewriter.initializer(
-            _graph(node), f"{result.name}.axes", to_tensor(squeezed, ir.DataType.INT64)
-        )
-        last = rewriter.insert(pool, "Squeeze", [result, spatial_axes], like=result, suffix="squeezed")
-    rewriter.supersede(node.outputs[0], last.outputs[0])
+    result, last = node.outputs[0], node
+    total = node.inputs[0]
+    for value in node.inputs[1:]:
+        last = rewriter.insert(last, "Add", [total, value], like=result, suffix="add")
+        total = last.outputs[0]
+    assert total is not None
+    rewriter.supersede(result, total)
     return True
 
 
@@ -92,9 +83,7 @@ def _transposed_to_depth_to_space(rewriter: Rewriter, node: ir.Node) -> bool:
     if bias.any():
         operands.append(rewriter.initializer(graph, f"{name}.blocks.bias", to_tensor(bias, linear.dtype)))
     result = node.outputs[0]
-    conv = rewriter.insert(
-        node, "Conv", operands, attributes={"kernel_shape": [1, 1]}, like=result, suffix="blocks"
-    )
+    conv = rewriter.insert(node, "Conv", operands, attributes={"kernel_shape": [1, 1]}, like=result, suffix="blocks")
     shape = linear.data.shape
     if shape is not None:
         conv.outputs[0].shape = ir.Shape([shape[0], weight.shape[0], *list(shape)[2:]])
@@ -111,7 +100,7 @@ def _transposed_to_depth_to_space(rewriter: Rewriter, node: ir.Node) -> bool:
 
 
 def _hard_gate(rewriter: Rewriter, node: ir.Node) -> bool:
-    """HardSigmoid(x) = clip(alpha x + beta, 0, 1) = alpha clip(x + beta / alpha, 0, 1 / alpha); HardSwish is x times it."""
+    """HardSigmoid(x) = clip(a x + b, 0, 1) = a clip(x + b / a, 0, 1 / a), and HardSwish is x times that."""
     if not is_op(node, "HardSigmoid", "HardSwish"):
         return False
     data, result = node.inputs[0], node.outputs[0]
@@ -139,6 +128,36 @@ def _hard_gate(rewriter: Rewriter, node: ir.Node) -> bool:
     if is_op(node, "HardSwish"):
         last = after(last, "Mul", data, last.outputs[0])
     rewriter.supersede(result, last.outputs[0])
+    return True
+
+
+def _lone_batchnorm(rewriter: Rewriter, node: ir.Node) -> bool:
+    """y = s x + t a channel, s = gamma / sqrt(var + epsilon), t = beta - mean s, as a depthwise Conv of one tap."""
+    if not is_op(node, "BatchNormalization") or len(node.outputs) > 1:
+        return False
+    data, result = node.inputs[0], node.outputs[0]
+    arrays = [constant_float64(value) for value in node.inputs[1:5]]
+    of_rank = None if data is None else rank(data)
+    source = None if data is None else data.producer()
+    if data is None or of_rank != 4 or data.dtype != ir.DataType.FLOAT or any(a is None for a in arrays):
+        return False
+    if not is_op(source, "Concat", "Add", "MaxPool", "AveragePool", "Relu", "Clip"):
+        return False
+    gamma, beta, mean, variance = (np.asarray(array) for array in arrays)
+    epsilon = node.attributes.get("epsilon")
+    scale = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.as_float()))
+    shift = beta - mean * scale
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return False
+    graph = _graph(node)
+    weight = rewriter.initializer(
+        graph, f"{result.name}.weight", to_tensor(scale.reshape(-1, 1, 1, 1), ir.DataType.FLOAT)
+    )
+    bias = rewriter.initializer(graph, f"{result.name}.bias", to_tensor(shift, ir.DataType.FLOAT))
+    attributes = {"group": scale.size, "kernel_shape": [1, 1]}
+    conv = rewriter.insert(node, "Conv", [data, weight, bias], attributes=attributes, like=result, suffix="conv")
+    result.meta[STATISTICS] = (beta, np.abs(gamma))
+    rewriter.supersede(result, conv.outputs[0])
     return True
 
 

@@ -186,9 +186,7 @@ class _Placer:
         if self.roles[node] is Role.CLAMP or node.op_type == "Mul":
             large = [value for value in activations if not _is_gate(value)]
             activations = large or activations
-        return bool(activations) and all(
-            value in boundary or value.producer() in self.static for value in activations
-        )
+        return bool(activations) and all(value in boundary or value.producer() in self.static for value in activations)
 
     # Trimming: an int8 kernel that feeds no linear operator only costs precision.
 
@@ -201,8 +199,7 @@ class _Placer:
 
     def _is_read_on_integers(self, value: ir.Value) -> bool:
         return any(
-            user in self.static
-            and (not self._folds(user) or any(self._is_read_on_integers(v) for v in user.outputs))
+            user in self.static and (not self._folds(user) or any(self._is_read_on_integers(v) for v in user.outputs))
             for user in value.consumers()
         )
 
@@ -222,8 +219,13 @@ class _Placer:
         )
 
     def _needs_quantizer(self, node: ir.Node) -> bool:
-        """QLinear kernels write integers; only QGemm and MatMul can write float instead."""
-        return node.op_type not in ("Gemm", "MatMul")
+        """QLinear kernels write integers; only Gemm and MatMul have a kernel that writes float instead.
+
+        Not so a MatMul with a bias behind it: onnxruntime makes a float Gemm of the two first.
+        """
+        if is_op(node, "MatMul"):
+            return any(is_op(user, "Add") for user in node.outputs[0].consumers())
+        return not is_op(node, "Gemm")
 
     def _has_integer_reader(self, value: ir.Value) -> bool:
         return any(user in self.static for user in value.consumers())
@@ -251,9 +253,7 @@ class _Placer:
                 placement.forms[node] = form
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, form))
             elif node in self.declined:
-                placement.operators.append(
-                    OperatorPlan(node_name(node), node.op_type, "float", self.declined[node])
-                )
+                placement.operators.append(OperatorPlan(node_name(node), node.op_type, "float", self.declined[node]))
             if form in ("static", "integer"):
                 for value in data_inputs(node):
                     if constant(value) is not None:

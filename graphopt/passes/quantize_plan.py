@@ -125,10 +125,7 @@ class QuantizePlan:
             True
         """
         try:
-            tensors = tuple(
-                TensorPlan(**{**one, "scale": tuple(one["scale"]), "zero_point": tuple(one["zero_point"])})
-                for one in data["tensors"]
-            )
+            tensors = tuple(_tensor(one) for one in data["tensors"])
             return cls(tensors, tuple(OperatorPlan(**one) for one in data["operators"]))
         except (KeyError, TypeError, ValueError) as error:
             raise GraphoptError(
@@ -141,6 +138,12 @@ class QuantizePlan:
         operators = [("operator", "type", "form", "why")]
         operators += [(o.node, o.op_type, o.form, o.reason) for o in self.operators]
         return f"{_table(rows)}\n\n{_table(operators)}"
+
+
+def _tensor(data: Mapping[str, Any]) -> TensorPlan:
+    fields = dict(data)
+    scale, zero_point = tuple(map(float, fields.pop("scale"))), tuple(map(int, fields.pop("zero_point")))
+    return TensorPlan(**fields, scale=scale, zero_point=zero_point)
 
 
 def _tensor_row(tensor: TensorPlan) -> tuple[str, ...]:

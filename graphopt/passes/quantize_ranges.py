@@ -43,10 +43,11 @@ def activation_range(statistics: Statistics, method: str, percentile: float, bit
 def entropy_range(histogram: Histogram, low: float, high: float, bits: int) -> tuple[float, float]:
     """The part of [low, high] around 0 whose quantization loses the least information.
 
-    The upper end is chosen first, then the lower one. For each candidate the distribution clipped to the range, P (what lies outside counted in the last bins), is compared
+    For each candidate the distribution clipped to it, P (what lies outside counted in the last bins), is compared
     with the same distribution spread over 2^bits levels, Q, by the Kullback-Leibler divergence of Q from P
-    (Migacz, "8-bit inference with TensorRT", GTC 2017; there for |x|, here for a range around 0). Zeros, of which
-    a Relu makes many, are exact in every range and would drown the rest: their bin counts like its neighbour.
+    (Migacz, "8-bit inference with TensorRT", GTC 2017; there for |x|, here the upper end first, then the lower).
+    Zeros, of which a Relu makes many, are exact in every range and would drown the rest: their bin counts like
+    its neighbour.
     """
     counts = histogram.counts.astype(np.float64)
     centres = histogram.edges[:-1] + histogram.width / 2
@@ -133,7 +134,9 @@ def symmetric_scales(
     silent = magnitude / (input_scale * _SILENT_CHANNEL_BITS)
     silent[magnitude == 0] = 1.0
     scales = np.where(largest == 0, silent, scales)
-    return np.maximum.reduce([scales, magnitude / (input_scale * _BIAS_HEADROOM)]).clip(_SMALLEST_SCALE).astype(np.float32)
+    return (
+        np.maximum.reduce([scales, magnitude / (input_scale * _BIAS_HEADROOM)]).clip(_SMALLEST_SCALE).astype(np.float32)
+    )
 
 
 def _shortest(scale: float) -> float:

@@ -51,7 +51,7 @@ def test_percentile_of_a_known_distribution() -> None:
 def test_entropy_cuts_a_lone_outlier_and_keeps_a_uniform_range() -> None:
     generator = np.random.default_rng(0)
     body = generator.normal(0, 1, 200_000)
-    low, high = entropy_range(filled(np.append(body, 60.0)), float(body.min()), 60.0, 8)
+    _, high = entropy_range(filled(np.append(body, 60.0)), float(body.min()), 60.0, 8)
     assert high < 30
     uniform = filled(generator.uniform(0, 1, 200_000))
     _, high = entropy_range(uniform, 0.0, 1.0, 8)

@@ -78,7 +78,10 @@ def test_sound_is_pink_and_caches_are_gaussian() -> None:
     feeds = probe_feeds(model("float[b, samples] audio, float[b, 4, 16, 8] past_key_values, float[b, 12] x"))[0]
     assert feeds["audio"].shape == (1, 16000)
     assert np.corrcoef(feeds["audio"][0, 1:], feeds["audio"][0, :-1])[0, 1] > 0.5
-    assert abs(np.corrcoef(feeds["past_key_values"][..., 1:].ravel(), feeds["past_key_values"][..., :-1].ravel())[0, 1]) < 0.3
+    assert (
+        abs(np.corrcoef(feeds["past_key_values"][..., 1:].ravel(), feeds["past_key_values"][..., :-1].ravel())[0, 1])
+        < 0.3
+    )
 
 
 def test_what_the_user_states_wins() -> None:

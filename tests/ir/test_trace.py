@@ -204,6 +204,19 @@ def test_a_dataclass_through_torch_export():
     assert outputs(trace(Returns(lambda x, y: Result(y, None)).eval(), torch.randn(2, 4))) == ["score"]
 
 
+def test_output_names_that_the_exporter_uses_inside():
+    class Clash(nn.Module):
+        def forward(self, x):
+            y = functional.relu(x)
+            return {"mul": y + 1, "relu": y * 2, "add": functional.relu(y * 2 - 1)}
+
+    module, x = Clash().eval(), torch.randn(2, 4)
+    model = trace(module, x)
+    assert outputs(model) == ["mul", "relu", "add"]
+    assert not notes(model)
+    assert agrees(model, {"x": x}, list(module(x).values()))
+
+
 def test_numpy_arrays_and_keyword_arguments_only(monkeypatch):
     only(monkeypatch, ["TorchScript"])
     model = trace(nn.Linear(4, 3), kwargs={"input": np.ones((2, 4), np.float32)})
@@ -245,13 +258,20 @@ def test_integer_tokens_keep_their_range_and_one_is_no_size():
 
 def test_lstm_with_open_batch_and_time():
     module = nn.LSTM(4, 6, batch_first=True).eval()
-    model = trace(module, torch.randn(1, 5, 4), dynamic_shapes=({0: "batch", 1: "time"}, None)[:1])
+    model = trace(module, torch.randn(1, 5, 4), dynamic_shapes=({0: "batch", 1: "time"},))
     assert "LSTM" in operators(model)
     assert str(model.graph.outputs[0].shape) == "[batch,time,6]"
+    assert not notes(model)
     x = torch.randn(3, 9, 4)
     y, (h, c) = module(x)
     assert outputs(model) == ["output_0", "output_1.0", "output_1.1"]
     assert agrees(model, {"input": x}, [y, h, c])
+
+
+def test_a_dynamic_axis_of_size_one_stays_dynamic():
+    model = trace(nn.GRU(4, 6, batch_first=True).eval(), torch.randn(1, 5, 4), dynamic_shapes=({0: Dim("batch")},))
+    assert inputs(model) == {"input": "[batch,5,4]"}
+    assert not notes(model)  # torch.export takes 1 for a broadcast; that is no reason to fall back
 
 
 def test_exported_program_in_training_mode_with_open_batch():

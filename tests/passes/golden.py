@@ -117,8 +117,11 @@ def apply_exact(pass_: Pass, model: ir.Model) -> tuple[ir.Model, list[Remark]]:
     onnx.checker.check_model(ir.to_proto(changed), full_check=True)
     assert interface(changed) == interface(model), "the interface changed"
     again = open_session(model, optimized=False).run(None, inputs)
-    assert all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True)), "the original changed too"
-    for optimized in (False, True):
+    for first, second in zip(expected, again, strict=True):
+        np.testing.assert_array_equal(first, second, "the original changed with its clone")
+    # onnxruntime's own fusions break some graphs (Pad into a pool with ceil_mode): then the original fails as well.
+    trusted = within_exact(expected, open_session(model).run(None, inputs))
+    for optimized in (False, True) if trusted else (False,):
         found = open_session(changed, optimized=optimized).run(None, inputs)
         assert within_exact(expected, found), f"the outputs differ, onnxruntime optimized={optimized}"
     before = fingerprint(changed)

@@ -93,7 +93,7 @@ MOBILE = weighted(
     """lo = Constant<value_float=0.0>() hi = Constant<value_float=6.0>()
        a = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w0) a1 = Clip(a, lo, hi)
        e = Conv(a1, w1) e1 = Clip(e, lo, hi) d = Conv<pads=[1,1,1,1], group=32>(e1, w2, b2) d1 = Clip(d, lo, hi)
-       o = Conv(d1, w3) s = Add(o, a1) ax = Constant<value_ints=[2,3]>() p = ReduceMean<keepdims=0>(s, ax)
+       o = Conv(d1, w3) s = Sum(o, a1) g = GlobalAveragePool(s) p = Flatten(g)
        y = Gemm<transB=1>(p, v)""",
     w0=(16, 3, 3, 3), w1=(32, 16, 1, 1), w2=(32, 1, 3, 3), b2=(32,), w3=(16, 32, 1, 1), v=(4, 16),
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Small random-weight models of every structure that graphopt claims, built in code, exported once and cached."""
