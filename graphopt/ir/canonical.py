@@ -15,9 +15,10 @@ import onnx_ir.passes.common as common
 
 from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
+from graphopt.ir.identities import remove_no_op
 from graphopt.ir.opset import lift_opset
-from graphopt.ir.propagate import DEFAULT_SIZE, Facts, propagate, symbolic_dimensions
-from graphopt.ir.rewrite import Rewriter, is_op
+from graphopt.ir.propagate import DEFAULT_SIZE, LITERAL, Facts, propagate, symbolic_dimensions
+from graphopt.ir.rewrite import Rewriter, constant, is_op
 
 NOTES = "graphopt.notes"
 """Key in `model.meta`: list of sentences about how the model was read, for the report."""
@@ -44,20 +45,16 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
         ['Shape', 'Reshape', 'Relu']
     """
     sort_nodes(model)
-    _clean(
-        model,
-        common.InlinePass(),
-        common.RemoveUnusedFunctionsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.RemoveInitializersFromInputsPass(),
-    )
+    _clean(model, common.InlinePass(), common.RemoveUnusedFunctionsPass())
+    _lift_constants(model)
+    _clean(model, common.LiftSubgraphInitializersToMainGraphPass(), common.RemoveInitializersFromInputsPass())
     lift_opset(model)
-    _clean(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _lift_constants(model)
     _drop_training_mode(model)
     fold_static_sizes(model, sizes)
     write_defaults_out(model, infer_shapes(model, sizes))
-    _bypass_identities(model)
+    Rewriter(model).until_stable(remove_no_op, "remove no-op", lambda what, why, where: None)
+    _drop_zero_biases(model)
     _clean(
         model,
         common.RemoveUnusedNodesPass(),
@@ -66,6 +63,16 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     sort_nodes(model)
     _name_nodes(model)
     return model
+
+
+def _lift_constants(model: ir.Model) -> None:
+    """Constant nodes become initializers, marked as literals: numbers in the code, not parameters of the network."""
+    before = {id(value) for graph in model.graphs() for value in graph.initializers.values()}
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if id(value) not in before:
+                value.meta[LITERAL] = True
 
 
 def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
@@ -85,8 +92,8 @@ def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -
 
 
 def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | None:
-    foldable = value in first.sizes or (value.dtype is not None and not value.dtype.is_floating_point())
-    if value in first.constants and value in second.constants and foldable and value not in first.from_weights:
+    torn = value in first.from_weights or (value in first.from_scalars and value not in first.sizes)
+    if value in first.constants and value in second.constants and not torn:
         a, b = first.constants[value], second.constants[value]
         same = (
             a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -117,6 +124,7 @@ def _replace_by_initializer(graph: ir.Graph, value: ir.Value, array: np.ndarray)
     while name in graph.initializers:
         name = f"{name}_"
     folded = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    folded.meta[LITERAL] = True
     folded.shape, folded.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(folded)
     value.replace_all_uses_with(folded)
@@ -176,7 +184,7 @@ def _write_shape(value: ir.Value, first: Facts, second: Facts, symbols: Mapping[
 
 
 def _drop_training_mode(model: ir.Model) -> None:
-    """Dropout in training mode becomes inference Dropout, with a note: a deployed model does not drop at random."""
+    """Dropout in training mode becomes inactive, with a note: a deployed model does not drop at random."""
     for graph in model.graphs():
         for node in list(graph):
             if node.op_type != "Dropout" or node.domain != "":
@@ -186,22 +194,18 @@ def _drop_training_mode(model: ir.Model) -> None:
                 node.replace_input_with(2, None)
                 node.resize_inputs(1)
                 note(model, f"Dropout {node.name!r} was exported in training mode and is now inactive")
-            mask = node.outputs[1] if len(node.outputs) > 1 else None
-            if (
-                (mask is None or not mask.uses())
-                and not node.outputs[0].is_graph_output()
-                and node.inputs[0] is not None
-            ):
-                node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
-def _bypass_identities(model: ir.Model) -> None:
-    """Identity goes, but for one that gives an input, a weight or another output the name of an output."""
-    rewriter = Rewriter(model)
+def _drop_zero_biases(model: ir.Model) -> None:
+    """A bias of zeros that an exporter made up goes; one that is a parameter stays, since training may move it."""
     for graph in model.graphs():
-        for node in list(graph):
-            if is_op(node, "Identity") and node.inputs[0] is not None:
-                rewriter.bypass(node.outputs[0], node.inputs[0])
+        for node in graph:
+            bias = node.inputs[2] if is_op(node, "Conv", "ConvTranspose") and len(node.inputs) > 2 else None
+            if bias is not None and bias.meta.get(LITERAL):
+                array = constant(bias)
+                if array is not None and not array.any():
+                    node.replace_input_with(2, None)
+                    node.resize_inputs(2)
 
 
 def note(model: ir.Model, sentence: str) -> None:

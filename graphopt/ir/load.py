@@ -132,7 +132,7 @@ def _clone(model: ir.Model) -> ir.Model:
 
 
 def _check_external_data(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):  # pyright: ignore[reportPrivateUsage]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}

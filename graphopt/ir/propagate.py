@@ -24,6 +24,8 @@ MAXIMUM_CONSTANT_ELEMENTS = 4096
 """Larger values are data, not shape arithmetic, and are not tracked."""
 DEFAULT_SIZE = 2
 """Elements of a symbolic dimension that nobody gave a size. Never 1: broadcasting would be ambiguous."""
+LITERAL = "graphopt.literal"
+"""Key in the `meta` of an initializer that came from a Constant node: a number in the code, not a parameter."""
 _NOT_DETERMINISTIC = {
     "RandomNormal",
     "RandomNormalLike",
@@ -45,6 +47,7 @@ class Facts:
             (ask `constant`, which looks at them too).
         from_weights: values computed from float weights; they are known, yet must not be folded away before
             pruning, because that would tear the weight from its name.
+        from_scalars: values computed from float parameters of one element.
         sizes: values computed from a shape (of anything, the shape itself included).
         unknown: nodes with an output of unknown shape.
         conflicts: nodes that shape inference rejects, with its message.
@@ -54,6 +57,7 @@ class Facts:
     dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
     constants: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     from_weights: set[ir.Value] = field(default_factory=set)
+    from_scalars: set[ir.Value] = field(default_factory=set)
     sizes: set[ir.Value] = field(default_factory=set)
     unknown: list[ir.Node] = field(default_factory=list)
     conflicts: list[tuple[ir.Node, str]] = field(default_factory=list)
@@ -163,22 +167,17 @@ class _Propagation:
             if value.const_value is not None:
                 self.facts.shapes[value] = tuple(int(size) for size in value.const_value.shape)
                 self.facts.dtypes[value] = value.const_value.dtype
-                if value.const_value.size > 1 and value.const_value.dtype.is_floating_point():
-                    self.facts.from_weights.add(value)
+                if value.const_value.dtype.is_floating_point():
+                    if value.const_value.size > 1:
+                        self.facts.from_weights.add(value)
+                    elif not value.meta.get(LITERAL):
+                        self.facts.from_scalars.add(value)
         for node in graph:
             self._node(node)
 
     def _node(self, node: ir.Node) -> None:
         facts = self.facts
-        if any(
-            value in facts.from_weights for value in node.inputs if value is not None
-        ) and node.op_type not in (
-            "Shape",
-            "Size",
-        ):
-            facts.from_weights.update(node.outputs)
-        if node.op_type in ("Shape", "Size") or any(value in facts.sizes for value in node.inputs if value is not None):
-            facts.sizes.update(node.outputs)
+        self._descend(node)
         subgraphs = [attribute for attribute in node.attributes.values() if _holds_graphs(attribute)]
         if subgraphs:
             self._control_flow(node)
@@ -188,6 +187,16 @@ class _Propagation:
                 self._shapes(node)
         if any(value not in facts.shapes for value in node.outputs if value.name and value.uses()):
             facts.unknown.append(node)
+
+    def _descend(self, node: ir.Node) -> None:
+        """What the outputs are computed from."""
+        if node.op_type in ("Shape", "Size"):
+            self.facts.sizes.update(node.outputs)
+            return
+        operands = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+        for origin in (self.facts.from_weights, self.facts.from_scalars, self.facts.sizes):
+            if any(value in origin for value in operands if value is not None):
+                origin.update(node.outputs)
 
     def _constants(self, node: ir.Node) -> None:
         """Evaluate a node whose inputs are all known and small, and the shape queries."""
@@ -202,6 +211,8 @@ class _Propagation:
                 results = [np.array(int(np.prod(shape)), np.int64)]
             elif node.op_type == "Constant":
                 results = _constant_value(node)
+            elif node.op_type == "CastLike":
+                results = self._cast_like(node)
             elif node.op_type not in _NOT_DETERMINISTIC and self._is_small_arithmetic(node):
                 results = self._evaluate(node)
         if results is None:
@@ -214,6 +225,13 @@ class _Propagation:
             facts.dtypes.setdefault(value, ir.DataType.from_numpy(array.dtype))
             if array.size <= MAXIMUM_CONSTANT_ELEMENTS:
                 facts.constants[value] = array
+
+    def _cast_like(self, node: ir.Node) -> list[np.ndarray] | None:
+        """The second operand gives only its type, so the first alone must be known."""
+        value, like = node.inputs
+        array = self.facts.constant(value) if value is not None and self._is_small(value) else None
+        dtype = None if like is None else self.facts.dtypes.get(like, like.dtype)
+        return None if array is None or dtype is None else [array.astype(dtype.numpy())]
 
     def _is_small_arithmetic(self, node: ir.Node) -> bool:
         facts = self.facts

@@ -48,7 +48,7 @@ class Session(onnxruntime.InferenceSession):
             raise DataError(
                 f"onnxruntime cannot run the model on these inputs: {_first_line(error)}",
                 where=", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in feeds.items()),
-                help="pass example inputs of the model's own shapes and dtypes (`args`, or `--input` on the command line)",
+                help="pass example inputs of the model's own shapes and dtypes (`args`, or `--input`)",
             ) from error
 
 
@@ -137,8 +137,11 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
             shell.graph.outputs.append(values[name])
     names: list[str] = []
     weights: list[Any] = []
-    for name, value in shell.graph.initializers.items():
+    for name, value in list(shell.graph.initializers.items()):
         tensor = value.const_value
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del shell.graph.initializers[name]  # onnxruntime refuses external data of a weight that nothing reads
+            continue
         if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype not in _TYPES_OF_ORT_VALUES:
             continue
         names.append(name)

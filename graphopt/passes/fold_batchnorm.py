@@ -10,11 +10,8 @@ import onnx_ir as ir
 
 from graphopt.ir.affine import absorb_before, absorb_behind
 from graphopt.ir.rewrite import DeclinedError, Rewriter, constant_float64, is_op
+from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context, Pass, Semantics
-
-STATISTICS = "graphopt.bn"
-"""Key in `value.meta` of a BatchNormalization's result, kept by the value that takes its place: mean and standard
-deviation of each channel over the training data, two float64 arrays [channels]. Data-free passes read it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def _fold(rewriter: Rewriter, node: ir.Node) -> bool:
     assert data is not None
     parameters = _scale_and_shift(node)
     gamma, beta = (np.asarray(constant_float64(value)) for value in node.inputs[1:3])
-    node.outputs[0].meta[STATISTICS] = (beta, np.abs(gamma))
+    node.outputs[0].meta[BATCHNORM_STATISTICS] = (beta, np.abs(gamma))
 
     def affine(channels: int, axis: int, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
         if axis != 1 or channels != parameters[0].size:

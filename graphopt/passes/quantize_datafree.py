@@ -22,7 +22,7 @@ import onnx_ir as ir
 from graphopt.inputs.observe import Statistics, observe
 from graphopt.inputs.probes import model_inputs, probe_feeds
 from graphopt.ir.rewrite import Rewriter, rank
-from graphopt.passes.fold_batchnorm import STATISTICS
+from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 _EPSILON = 1e-5
 _PROBES = 128
@@ -79,7 +79,7 @@ def steered(model: ir.Model) -> tuple[ir.Model, set[str]]:
     names: set[str] = set()
     for node in list(copy.graph):
         for value in node.outputs:
-            statistics = value.meta.get(STATISTICS)
+            statistics = value.meta.get(BATCHNORM_STATISTICS)
             of_rank = rank(value)
             if statistics is None or of_rank is None or of_rank < 2 or value.is_graph_output():
                 continue

@@ -13,7 +13,6 @@ from graphopt.ir.linear import linear_at, spatial
 from graphopt.ir.rewrite import (
     DeclinedError,
     Rewriter,
-    constant,
     constant_float64,
     constant_tensor,
     integers,
@@ -21,7 +20,7 @@ from graphopt.ir.rewrite import (
     rank,
     to_tensor,
 )
-from graphopt.passes.fold_batchnorm import STATISTICS
+from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 
 def legalize(model: ir.Model) -> None:
@@ -156,7 +155,7 @@ def _lone_batchnorm(rewriter: Rewriter, node: ir.Node) -> bool:
     bias = rewriter.initializer(graph, f"{result.name}.bias", to_tensor(shift, ir.DataType.FLOAT))
     attributes = {"group": scale.size, "kernel_shape": [1, 1]}
     conv = rewriter.insert(node, "Conv", [data, weight, bias], attributes=attributes, like=result, suffix="conv")
-    result.meta[STATISTICS] = (beta, np.abs(gamma))
+    result.meta[BATCHNORM_STATISTICS] = (beta, np.abs(gamma))
     rewriter.supersede(result, conv.outputs[0])
     return True
 

@@ -10,11 +10,14 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import DataError, GraphoptError
+from graphopt.inputs.probes import probe_feeds
 from graphopt.ir.compare import compare, compare_outputs, within_exact
 from graphopt.ir.session import open_session
+from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context
-from graphopt.passes.fold_batchnorm import STATISTICS, FoldBatchnorm
+from graphopt.passes.fold_batchnorm import FoldBatchnorm
 from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_plan import QuantizePlan
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
@@ -309,7 +312,7 @@ def test_data_free_ranges_come_from_batchnorm_statistics() -> None:
     set_weight(model, "gamma", np.full(8, 2.0, np.float32))
     set_weight(model, "beta", np.linspace(-1, 20, 8).astype(np.float32))
     FoldBatchnorm()(model)
-    assert any(STATISTICS in value.meta for node in model.graph for value in node.outputs)
+    assert any(BATCHNORM_STATISTICS in value.meta for node in model.graph for value in node.outputs)
     context = Context()
     plan = Quantize().plan(model, context)
     by_name = {tensor.name: tensor for tensor in plan.tensors}
@@ -461,3 +464,63 @@ def test_narrow_bits_keep_within_their_integers() -> None:
         array = tiny().graph.initializers[tensor.name].const_value.numpy()
         assert np.abs(tensor.quantize(array)).max() == 7
     assert all(tensor.zero_point[0] <= 15 for tensor in plan.tensors)
+
+
+HARD = weighted(
+    "float[n,3,8,8] x => float[n,4,8,8] y",
+    """a = Conv(x, w0, b0) h = HardSwish(a) d = Conv<group=16, pads=[1,1,1,1]>(h, w1) d1 = HardSwish(d)
+       p = GlobalAveragePool(d1) e = Conv(p, w2, b2) g = HardSigmoid<alpha=0.25, beta=0.5>(e) m = Mul(d1, g)
+       y = Conv(m, w3)""",
+    w0=(16, 3, 1, 1), b0=(16,), w1=(16, 1, 3, 3), w2=(16, 16, 1, 1), b2=(16,), w3=(4, 16, 1, 1),
+)  # fmt: skip
+DENSE = weighted(
+    "float[n,3,8,8] x => float[n,4,8,8] y",
+    """a = Conv(x, w0) a1 = Relu(a) n0 = BatchNormalization(a1, g0, b0, m0, v0) n1 = Relu(n0) c = Conv(n1, w1)
+       k = Concat<axis=1>(a1, c) n2 = BatchNormalization(k, g1, b1, m1, v1) n3 = Relu(n2) y = Conv(n3, w2)""",
+    w0=(16, 3, 1, 1), g0=(16,), b0=(16,), m0=(16,), v0=(16,), w1=(16, 16, 1, 1), g1=(32,), b1=(32,), m1=(32,),
+    v1=(32,), w2=(4, 32, 1, 1),
+)  # fmt: skip
+SCALED = weighted(
+    "float[n,3,8,8] x => float[n,4,8,8] y",
+    """a = Conv(x, w0, b0) t = Constant<value_float=0.1>() s = Mul(a, t) r = Conv(a, w1) q = Add(r, s)
+       y = Conv(q, w2)""",
+    w0=(8, 3, 1, 1), b0=(8,), w1=(8, 8, 1, 1), w2=(4, 8, 1, 1),
+)  # fmt: skip
+for _name in ("v0", "v1"):
+    set_weight(DENSE, _name, np.linspace(0.5, 2, 16 if _name == "v0" else 32).astype(np.float32))
+
+
+@pytest.mark.parametrize("model", [HARD, DENSE, SCALED], ids=["hard", "dense", "scaled"])
+def test_legalized_operators_run_on_integers(model: ir.Model, tmp_path: Path) -> None:
+    model = canonical_constants(model)
+    data = feeds(4, (1, 3, 8, 8))
+    result = quantized(model, context=Context(calibration=data))
+    operators = fused(result, tmp_path)
+    forbidden = {"Conv", "FusedConv", "HardSwish", "HardSigmoid", "BatchNormalization", "Mul", "Add", "Relu", "Clip"}
+    assert not forbidden & set(operators)
+    assert (operators["QuantizeLinear"], operators["DequantizeLinear"]) == (1, 1)
+    assert_close(model, result, data)
+
+
+def test_legalization_is_exact() -> None:
+    for model in (canonical_constants(HARD), canonical_constants(DENSE), canonical_constants(MOBILE), UNET):
+        rewritten = model.clone()
+        legalize(rewritten)
+        one = probe_feeds(model)[0]
+        outputs = [open_session(m, optimized=False).run_feeds(one) for m in (model, rewritten)]
+        assert within_exact(*outputs)
+
+
+def test_static_linear_layers_with_a_bias_behind_them_fuse(tmp_path: Path) -> None:
+    data = feeds(4, (2, 6, 32))
+    result = quantized(TRANSFORMER, Quantize(form="static"), Context(calibration=data))
+    operators = fused(result, tmp_path)
+    assert operators["Gemm"] == operators["FusedGemm"] == 0
+    assert operators["QLinearMatMul"] + operators["MatMulIntegerToFloat"] == 4
+    assert_close(TRANSFORMER, result, data)
+
+
+def test_a_plan_names_what_it_quantizes_and_leaves_no_dead_weights() -> None:
+    model = canonical_constants(SCALED)
+    result = quantized(model, context=Context(calibration=feeds(2, (1, 3, 8, 8))))
+    assert all(value.uses() for value in result.graph.initializers.values())
