@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.linear import LINEAR_OPS, Linear, channel_axis, is_padded, linear_at, linear_producing
-from graphopt.ir.rewrite import DeclinedError, Rewriter, integers, is_op, require_sole_consumer
+from graphopt.ir.rewrite import DeclinedError, Rewriter, constant_float64, integers, is_op, require_sole_consumer
 
 Affine = Callable[[int, int, "int | None"], tuple[np.ndarray, np.ndarray]]
 """Scale and shift, each float64 [channels], of x -> s x + t, from number of channels, channel axis and rank.
@@ -97,3 +97,28 @@ def _scale_inputs(rewriter: Rewriter, linear: Linear, scale: np.ndarray, shift: 
         scaled = weight * by_row(scale).reshape(weight.shape[:2] + (1,) * len(spatial))
         linear.store(rewriter, scaled, linear.bias() + offset)
     rewriter.redirect(linear.node, linear.data_index, data)
+
+
+def batchnorm_affine(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift, each float64 [channels], of an inference BatchNormalization (opset 15).
+
+    Raises:
+        DeclinedError: it is in training mode, its running statistics are read, or its parameters are computed or
+            not finite.
+    """
+    training = node.attributes.get("training_mode")
+    if training is not None and training.as_int():
+        raise DeclinedError("it is in training mode")
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        raise DeclinedError("its running statistics are read")
+    parameters = [constant_float64(value) for value in node.inputs[1:5]]
+    if any(parameter is None for parameter in parameters):
+        raise DeclinedError("its parameters are not constant")
+    gamma, beta, mean, variance = (np.asarray(parameter) for parameter in parameters)
+    epsilon = node.attributes.get("epsilon")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.as_float()))
+        shift = beta - mean * scale
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        raise DeclinedError("its parameters are not finite, or a variance is negative")
+    return scale, shift

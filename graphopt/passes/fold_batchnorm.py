@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.affine import absorb_before, absorb_behind
+from graphopt.ir.affine import absorb_before, absorb_behind, batchnorm_affine
 from graphopt.ir.rewrite import DeclinedError, Rewriter, constant_float64, is_op
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context, Pass, Semantics
@@ -59,7 +59,7 @@ def _fold(rewriter: Rewriter, node: ir.Node) -> bool:
         return False
     data = node.inputs[0]
     assert data is not None
-    parameters = _scale_and_shift(node)
+    parameters = batchnorm_affine(node)
     gamma, beta = (np.asarray(constant_float64(value)) for value in node.inputs[1:3])
     node.outputs[0].meta[BATCHNORM_STATISTICS] = (beta, np.abs(gamma))
 
@@ -76,22 +76,3 @@ def _fold(rewriter: Rewriter, node: ir.Node) -> bool:
     if folded or absorb_before(rewriter, node, data, affine):
         return True
     raise reason
-
-
-def _scale_and_shift(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
-    training = node.attributes.get("training_mode")
-    if training is not None and training.as_int():
-        raise DeclinedError("it is in training mode")
-    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
-        raise DeclinedError("its running statistics are read")
-    parameters = [constant_float64(value) for value in node.inputs[1:5]]
-    if any(parameter is None for parameter in parameters):
-        raise DeclinedError("its parameters are not constant")
-    gamma, beta, mean, variance = (np.asarray(parameter) for parameter in parameters)
-    epsilon = node.attributes.get("epsilon")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.as_float()))
-        shift = beta - mean * scale
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        raise DeclinedError("its parameters are not finite, or a variance is negative")
-    return scale, shift

@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.linear import Linear, Spatial, linear_at, linear_producing, set_spatial, spatial
+from graphopt.ir.affine import batchnorm_affine
+from graphopt.ir.linear import Linear, Spatial, channel_axis, linear_at, linear_producing, set_spatial, spatial
 from graphopt.ir.rewrite import (
     DeclinedError,
     Rewriter,
@@ -105,26 +106,53 @@ def _merge_operands(rewriter: Rewriter, node: ir.Node, left: int, right: int) ->
         pair.reverse()
         linears.reverse()
     keeper, other = linears
-    if keeper is None or (other is None and pair[1] is not keeper.data):
+    if keeper is None:
+        return False
+    same = None if other is not None else _identity(pair[1], keeper)
+    if other is None and same is None:
         return False
     if other is not None and (other.data is not keeper.data or other.node.op_type != keeper.node.op_type):
         return False
     for linear in (keeper, other):
         if linear is not None:
             require_sole_consumer(linear.result, node)
+    if same is not None and same.node is not None:
+        require_sole_consumer(pair[1], node)
     if is_op(keeper.node, "Conv"):
-        merged = _merge_convolutions(rewriter, keeper, other)
+        merged = _merge_convolutions(rewriter, keeper, other, same)
     else:
-        merged = _merge_products(rewriter, keeper, other)
+        merged = _merge_products(rewriter, keeper, other, same)
     if not rest:
         rewriter.supersede(node.outputs[0], merged)
-        return True
-    for index, operand in enumerate([merged, *rest]):
-        node.replace_input_with(index, operand)
-    node.resize_inputs(1 + len(rest))
-    if other is not None:
-        discard_if_dead(other.bias_node or other.node)
+    else:
+        for index, operand in enumerate([merged, *rest]):
+            node.replace_input_with(index, operand)
+        node.resize_inputs(1 + len(rest))
+    dropped = (other.bias_node or other.node) if other is not None else same and same.node
+    if dropped:
+        discard_if_dead(dropped)
     return True
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """A branch that hands on its channels: scale * x + shift, each [channels]. `node` is its BatchNormalization."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+    node: ir.Node | None = None
+
+
+def _identity(value: ir.Value, keeper: Linear) -> _Identity | None:
+    """The branch `value` as a map of the keeper's data, channel by channel; None where it is something else."""
+    if value is keeper.data:
+        return _Identity(np.ones(keeper.in_channels), np.zeros(keeper.in_channels))
+    node = value.producer()
+    if node is None or not is_op(node, "BatchNormalization") or node.inputs[0] is not keeper.data:
+        return None
+    if keeper.rank is None or channel_axis(keeper.in_axis, keeper.rank) != 1:
+        raise DeclinedError("BatchNormalization of the other branch has another channel axis")
+    return _Identity(*batchnorm_affine(node), node)
 
 
 def _weight_elements(linear: Linear | None) -> int:
@@ -132,14 +160,17 @@ def _weight_elements(linear: Linear | None) -> int:
     return 0 if tensor is None else tensor.size
 
 
-def _merge_products(rewriter: Rewriter, keeper: Linear, other: Linear | None) -> ir.Value:
+def _merge_products(
+    rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None
+) -> ir.Value:
     if is_op(keeper.node, "ConvTranspose"):
         raise DeclinedError("branches of ConvTranspose are not merged")
     axes = (keeper.out_axis, keeper.in_axis)
-    if other is None:
+    if same is not None:
         if keeper.out_channels != keeper.in_channels or keeper.out_axis != keeper.in_axis:
             raise DeclinedError("the identity branch has another number of channels")
-        return keeper.store(rewriter, keeper.weight() + np.eye(keeper.out_channels), keeper.bias())
+        return keeper.store(rewriter, keeper.weight() + np.diag(same.scale), keeper.bias() + same.shift)
+    assert other is not None
     if (other.out_axis, other.in_axis) != axes:
         raise DeclinedError("the branches multiply along different axes")
     _require_same_results(keeper, other)
@@ -153,16 +184,20 @@ def _require_same_results(keeper: Linear, other: Linear) -> None:
         raise DeclinedError("the weights of the branches have different element types")
 
 
-def _merge_convolutions(rewriter: Rewriter, keeper: Linear, other: Linear | None) -> ir.Value:
+def _merge_convolutions(
+    rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None
+) -> ir.Value:
     place = spatial(keeper.node, keeper.kernel)
     weight, bias, groups = keeper.weight(), keeper.bias(), keeper.groups
-    if other is None:
+    if same is not None:
         if keeper.out_channels != keeper.in_channels:
             raise DeclinedError("the identity branch has another number of channels")
         ones, zeros = (1,) * len(keeper.kernel), (0,) * len(keeper.kernel)
         other_place, other_groups = Spatial(ones, ones, zeros, zeros), keeper.in_channels
-        other_weight, other_macs = np.ones((keeper.out_channels, 1, *ones)), 0
+        other_weight, other_macs = same.scale.reshape(-1, 1, *ones), 0
+        bias = bias + same.shift
     else:
+        assert other is not None
         _require_same_results(keeper, other)
         other_place, other_groups = spatial(other.node, other.kernel), other.groups
         other_weight, other_macs = other.weight(), other.weight().size

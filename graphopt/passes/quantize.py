@@ -109,9 +109,13 @@ class Quantize(Pass):
         if node is not None:
             context.note("quantize", f"the model is quantized already ({node.op_type})", node)
             return QuantizePlan()
-        model = model.clone()
-        legalize(model)
+        original, model = model, model.clone()
+        legalize(model, static=self.form != "dynamic")
         placement = place(model, form=self.form, exclude=tuple(self.exclude))
+        if "static" not in placement.forms.values():
+            model = original.clone()
+            legalize(model, static=False)
+            placement = place(model, form=self.form, exclude=tuple(self.exclude))
         activations = self._activations(model, placement, context)
         tensors = activations + self._constants(placement) + self._weights(placement, activations)
         plan = QuantizePlan(tuple(tensors), tuple(placement.operators))
@@ -126,7 +130,7 @@ class Quantize(Pass):
         """
         if not any(operator.form != "float" for operator in plan.operators):
             return
-        legalize(model)
+        legalize(model, static=plan.static)
         apply_plan(model, plan)
 
     def _activations(self, model: ir.Model, placement: Placement, context: Context) -> list[TensorPlan]:

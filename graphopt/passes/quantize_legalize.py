@@ -23,7 +23,7 @@ from graphopt.ir.rewrite import (
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 
-def legalize(model: ir.Model) -> None:
+def legalize(model: ir.Model, *, static: bool = True) -> None:
     """Rewrite in place what has an int8 kernel under another name. The function that is computed stays the same.
 
     * Sum becomes Add, twice for three terms and so on.
@@ -35,6 +35,8 @@ def legalize(model: ir.Model) -> None:
       depthwise Conv, which takes the Relu behind it along.
     * `alpha` and `beta` of Gemm go into its constants.
 
+    The last is all that dynamic quantization needs: `static=False` leaves the others out.
+
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
         ... g (float[2] x, float[2] y, float[2] z) => (float[2] s) { s = Sum (x, y, z) }''')
@@ -43,7 +45,8 @@ def legalize(model: ir.Model) -> None:
         ['Add', 'Add']
     """
     rewriter = Rewriter(model)
-    for rule in (_sum_to_adds, _transposed_to_depth_to_space, _hard_gate, _lone_batchnorm, _plain_gemm):
+    for_kernels = (_sum_to_adds, _transposed_to_depth_to_space, _hard_gate, _lone_batchnorm)
+    for rule in (*(for_kernels if static else ()), _plain_gemm):
         rewriter.until_stable(rule, "legalize", lambda what, why, where: None)
 
 

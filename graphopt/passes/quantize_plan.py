@@ -98,6 +98,11 @@ class QuantizePlan:
     tensors: tuple[TensorPlan, ...] = ()
     operators: tuple[OperatorPlan, ...] = ()
 
+    @property
+    def static(self) -> bool:
+        """Whether any operator runs on integers throughout."""
+        return any(operator.form in ("static", "integer", "folded") for operator in self.operators)
+
     def forms(self) -> dict[str, int]:
         """Number of operators by form."""
         return dict(Counter(operator.form for operator in self.operators))

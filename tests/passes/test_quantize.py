@@ -524,3 +524,9 @@ def test_a_plan_names_what_it_quantizes_and_leaves_no_dead_weights() -> None:
     model = canonical_constants(SCALED)
     result = quantized(model, context=Context(calibration=feeds(2, (1, 3, 8, 8))))
     assert all(value.uses() for value in result.graph.initializers.values())
+
+
+def test_what_only_static_kernels_need_is_not_rewritten_for_the_dynamic_form() -> None:
+    model = canonical_constants(HARD)
+    result = quantized(model, Quantize(form="dynamic"))
+    assert [node.op_type for node in result.graph] == [node.op_type for node in model.graph]
