@@ -15,7 +15,7 @@ import platformdirs
 
 CACHE = Path(platformdirs.user_cache_dir("graphopt")) / "benchmarks"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def exported(name: str) -> Path:

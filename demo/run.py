@@ -1,6 +1,6 @@
 """The main job on real input: train a small residual network on handwritten digits, optimize it, prove it.
 
-Run by `make demo`. Data: scikit-learn's bundled digits (1,797 real images of 8 x 8 pixels), upsampled to 32 x 32.
+Run by `make demo`. Data: scikit-learn's bundled digits (1,797 real images of 8 x 8 pixels), upsampled to 16 x 16.
 """
 
 from __future__ import annotations
@@ -46,14 +46,12 @@ class Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A residual network for [N, 1, 32, 32] images of digits."""
+    """A residual network for [N, 1, 16, 16] images of digits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, WIDTH, 3, 1, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU())
-        self.blocks = nn.Sequential(
-            Block(WIDTH, WIDTH, 1), Block(WIDTH, 2 * WIDTH, 2), Block(2 * WIDTH, 4 * WIDTH, 2)
-        )
+        self.blocks = nn.Sequential(Block(WIDTH, WIDTH, 1), Block(WIDTH, 2 * WIDTH, 2), Block(2 * WIDTH, 4 * WIDTH, 2))
         self.head = nn.Linear(4 * WIDTH, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -62,9 +60,9 @@ class DigitsNet(nn.Module):
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images, test images (float32 [N, 1, 32, 32], mean 0, std 1) and their labels."""
+    """Training images, test images (float32 [N, 1, 16, 16], mean 0, std 1) and their labels."""
     images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 1, 8, 8).repeat(4, axis=2).repeat(4, axis=3)
+    images = images.reshape(-1, 1, 8, 8).repeat(2, axis=2).repeat(2, axis=3)
     images = ((images - images.mean()) / images.std()).astype(np.float32)
     return train_test_split(images, labels, test_size=500, random_state=0, stratify=labels)
 
@@ -103,9 +101,7 @@ def main() -> None:
     def accuracy(session: onnxruntime.InferenceSession) -> float:
         """Share of the test images that the session classifies right."""
         name = session.get_inputs()[0].name
-        logits = [
-            session.run(None, {name: test_images[i : i + 100]})[0] for i in range(0, len(test_images), 100)
-        ]
+        logits = [session.run(None, {name: test_images[i : i + 100]})[0] for i in range(0, len(test_images), 100)]
         return float((np.concatenate(logits).argmax(axis=1) == test_labels).mean())
 
     result = graphopt.optimize(
@@ -124,17 +120,13 @@ def main() -> None:
     changes = graphopt.diff(result.original, result.model)
     (FOLDER / "digits.diff.txt").write_text(str(changes), encoding="utf-8")
     (FOLDER / "digits.diff.html").write_text(changes.to_html(), encoding="utf-8")
-    (FOLDER / "digits.report.json").write_text(
-        json.dumps(result.report.to_json(), indent=2), encoding="utf-8"
-    )
+    (FOLDER / "digits.report.json").write_text(json.dumps(result.report.to_json(), indent=2), encoding="utf-8")
 
     session = onnxruntime.InferenceSession(optimized, providers=["CPUExecutionProvider"])
     before = accuracy(onnxruntime.InferenceSession(original, providers=["CPUExecutionProvider"]))
     after = accuracy(session)
     speed = result.report.speed
-    console.print(
-        f"\nfrom disk: accuracy {before:.1%} -> {after:.1%}, {speed:.2f} x faster than fp32 in onnxruntime"
-    )
+    console.print(f"\nfrom disk: accuracy {before:.1%} -> {after:.1%}, {speed:.2f} x faster than fp32 in onnxruntime")
     for path in (original, optimized, FOLDER / "digits.diff.txt", FOLDER / "digits.diff.html"):
         console.print(f"wrote {path.relative_to(FOLDER.parent)} ({path.stat().st_size / 1000:.0f} kB)")
     assert speed >= 1.5, f"only {speed:.2f} times faster"

@@ -29,13 +29,9 @@ ModelPath = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="the ONNX 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Inputs = Annotated[
     Path | None,
-    typer.Option(
-        "--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"
-    ),
+    typer.Option("--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"),
 ]
-Threads = Annotated[
-    int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)
-]
+Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)]
 Target = Annotated[str, typer.Option(help="cpu or cuda")]
 
 
@@ -60,14 +56,10 @@ def optimize(
             help="calibration: .npy/.npz whose axis 0 counts samples, or a folder of such files",
         ),
     ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="how far outputs may move, relative to their scale")
-    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="how far outputs may move, relative to their scale")] = None,
     target: Target = "cpu",
     threads: Threads = 1,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="write the report there as JSON")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there as JSON")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write the graph diff there")] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no report")] = False,
@@ -116,9 +108,7 @@ def inspect(model: ModelPath, inputs: Inputs = None, as_json: AsJson = False) ->
 def diff(
     before: ModelPath,
     after: ModelPath,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="write one self-contained page")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write one self-contained page")] = None,
     full: Annotated[bool, typer.Option("--full", help="every change, not one of each shape")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -138,9 +128,7 @@ def diff(
 
 @application.command()
 def bench(
-    models: Annotated[
-        list[Path], typer.Argument(metavar="A.onnx B.onnx ...", help="models with the same inputs")
-    ],
+    models: Annotated[list[Path], typer.Argument(metavar="A.onnx B.onnx ...", help="models with the same inputs")],
     inputs: Inputs = None,
     seconds: Annotated[float, typer.Option(help="about how long to measure", min=0.1)] = 5.0,
     threads: Threads = 1,

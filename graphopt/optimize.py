@@ -23,6 +23,7 @@ from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.check import check_structure
 from graphopt.ir.load import Source, read
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.opset import check_opset
 from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
@@ -32,9 +33,7 @@ from graphopt.progress import Progress
 from graphopt.recipe import Recipe, resolve
 
 if TYPE_CHECKING:
-    import torch
-
-Model = Source | "torch.nn.Module" | "torch.export.ExportedProgram" if TYPE_CHECKING else Any
+    pass
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Result:
 
 
 def optimize(
-    model: Model,
+    model: Source | torch.nn.Module | torch.export.ExportedProgram,
     args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -95,8 +94,8 @@ def optimize(
         calibration: iterable of inputs (arrays, tuples or dicts) for quantization; None works without data.
         evaluate: called with an `onnxruntime.InferenceSession`, returns one number, higher is better.
         max_drop: how much of `evaluate` lossy passes may cost, in its own unit; None allows 1 % of the original's.
-        tolerance: how far outputs may move without `evaluate`, relative to the output's scale; None leaves it to
-            the recipe (`default` allows 0.1).
+        tolerance: how far outputs may move without `evaluate`: root mean square of the difference over that of
+            the output; None leaves it to the recipe (`default` allows 0.1).
         threads: intra-op threads for all timings, 0 for onnxruntime's default.
         quiet: show no progress on the terminal.
 
@@ -188,9 +187,7 @@ def _read(model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shape
     return _Subject(original, None, name, () if example is None else (example,))
 
 
-def example_feeds(
-    model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None
-) -> dict[str, np.ndarray] | None:
+def example_feeds(model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:
     """Example inputs of an ONNX model by name; None where there are none. Raises `DataError` where they misfit."""
     if args is None and not kwargs:
         return None
@@ -252,13 +249,9 @@ def _is_torch(model: Any) -> bool:
 
 def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None) -> None:
     if evaluate is not None and not callable(evaluate):
-        raise DataError(
-            "`evaluate` is not callable", help="pass a function of an onnxruntime.InferenceSession"
-        )
+        raise DataError("`evaluate` is not callable", help="pass a function of an onnxruntime.InferenceSession")
     if max_drop is not None and evaluate is None:
-        raise DataError(
-            "`max_drop` needs `evaluate`", help="pass a metric, or use `tolerance` for output error"
-        )
+        raise DataError("`max_drop` needs `evaluate`", help="pass a metric, or use `tolerance` for output error")
     for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
         if value is not None and not value >= 0:
             raise DataError(f"`{name}` is {value}, but must be at least 0", where=name)
@@ -271,7 +264,7 @@ def _data_sentence(data: Calibration | None) -> str:
 
 
 def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
-    """What was asked for and not delivered: a broken canonical form, or lossy passes without a fallback in the recipe."""
+    """What was asked for and not delivered: the canonical form, a pass that failed, lossy passes rolled back."""
     missed = [
         f"{step.name}: {step.reason}"
         for step in steps
@@ -287,9 +280,7 @@ def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[s
     return tuple(missed)
 
 
-def _fates(
-    canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Sequence[Step]
-) -> tuple[WeightFate, ...]:
+def _fates(canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Sequence[Step]) -> tuple[WeightFate, ...]:
     """What became of each weight: the passes that changed it, or the remark that explains why none did."""
     reasons = {remark.where: f"{remark.what}: {remark.why}" for step in steps for remark in step.remarks}
     rolled_back = [f"{step.name} was rolled back" for step in steps if step.status == ROLLED_BACK]
@@ -302,7 +293,7 @@ def _fates(
         by = tuple(history.get(name, ()))
         where = [name, *(consumer.name or "" for consumer in value.consumers())]
         reason = next((reasons[place] for place in where if place in reasons), default)
-        before = f"{tensor.dtype.name}{[int(size) for size in tensor.shape]}"  # type: ignore[arg-type]
+        before = f"{tensor.dtype.name}{list(tensor_shape(tensor))}"
         fates.append(WeightFate(name, "changed" if by else "declined", by, None if by else reason, before))
     return tuple(fates)
 

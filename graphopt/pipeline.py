@@ -36,7 +36,7 @@ class Budget:
     Attributes:
         evaluate: the user's metric, or None.
         max_drop: how much of it may be lost, in its own unit; None stands for 1 % of the original's value.
-        tolerance: how far outputs may move (relative error); None means no limit.
+        tolerance: how far outputs may move, root mean square over that of the output; None means no limit.
     """
 
     evaluate: Evaluate | None = None
@@ -171,8 +171,9 @@ class Guard:
                     return f"output {output.name} moved by {output.error:.1e}, more than rounding ({limit:.0e})"
             return None
         limit = self.budget.tolerance
-        if limit is not None and comparison.error > limit:
-            return f"output {worst.name} moved by {worst.error:.2g}, tolerance {limit:.2g}"
+        if limit is not None and comparison.rms_error > limit:
+            moved_most = max(comparison.outputs, key=lambda output: output.rms_error)
+            return f"output {moved_most.name} moved by {moved_most.rms_error:.2g} (rms), tolerance {limit:.2g}"
         return None
 
     def _metric_reason(self, metric: float) -> str | None:

@@ -17,7 +17,7 @@ from graphopt.passes import ALL_PASSES, Pass
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 _EXACT: tuple[str, ...] = (
     "eliminate-identity",
@@ -44,8 +44,8 @@ class Recipe:
     Attributes:
         name: shown in the report.
         passes: the passes, in the order in which they run.
-        tolerance: how far the outputs of a lossy pass may move (relative error) where the user gave neither
-            `evaluate` nor a tolerance; None accepts what the recipe asks for.
+        tolerance: how far the outputs of a lossy pass may move (root mean square, relative) where the user gave
+            neither `evaluate` nor a tolerance; None accepts what the recipe asks for.
 
     Raises:
         RecipeError: a pass comes before one that its contract says must precede it, or there is no pass.
@@ -138,9 +138,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
             help="fields are name, tolerance and [[pass]]",
         )
     entries = document.get("pass")
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and "name" in entry for entry in entries
-    ):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "name" in entry for entry in entries):
         raise RecipeError("a recipe needs [[pass]] tables, each with a name", where=str(file))
     tolerance = document.get("tolerance")
     if tolerance is not None and (
@@ -171,9 +169,7 @@ def build_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
                 where=name,
                 help=_suggest(option, tuple(sorted(fields)), "options") if fields else "it has no options",
             )
-    values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in (options or {}).items()
-    }
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in (options or {}).items()}
     try:
         return kind(**values)
     except GraphoptError as error:

@@ -19,7 +19,10 @@ from graphopt.pipeline import measure_metric
 
 def model(size: int = 64) -> ir.Model:
     """y = Relu(x w): small, with one weight."""
-    text = f'<ir_version: 10, opset_import: ["": 21]> g (float[1,{size}] x, float[{size},{size}] w) => (float[1,{size}] y) {{ p = MatMul (x, w) y = Relu (p) }}'
+    text = (
+        f'<ir_version: 10, opset_import: ["": 21]> g (float[1,{size}] x, float[{size},{size}] w) => (float[1,{size}] y)'
+        " { p = MatMul (x, w) y = Relu (p) }"
+    )
     parsed = ir.from_onnx_text(text)
     weight = parsed.graph.inputs.pop(1)
     rng = np.random.default_rng(0)

@@ -58,7 +58,9 @@ def test_bad_recipes(recipe: object, message: str) -> None:
 
 def test_toml(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('tolerance = 0.2\n[[pass]]\nname = "fold-batchnorm"\n[[pass]]\nname = "quantize"\nranges = "entropy"\n')
+    file.write_text(
+        'tolerance = 0.2\n[[pass]]\nname = "fold-batchnorm"\n[[pass]]\nname = "quantize"\nranges = "entropy"\n'
+    )
     recipe = read_recipe(file)
     assert (recipe.name, recipe.tolerance) == ("mine", 0.2)
     assert [str(single) for single in recipe.passes] == ["fold-batchnorm", "quantize(ranges='entropy')"]

@@ -133,9 +133,7 @@ def benchmark(
         raise DataError("no model to benchmark")
     feeds = inputs if inputs is not None else probe_feeds(models[0])[0]
     sessions = [open_session(model, threads=threads, target=target) for model in models]
-    labels = (
-        tuple(names) if names is not None else tuple(f"model {index + 1}" for index in range(len(models)))
-    )
+    labels = tuple(names) if names is not None else tuple(f"model {index + 1}" for index in range(len(models)))
     return interleave(sessions, feeds, names=labels, seconds=seconds, threads=threads, target=target)
 
 

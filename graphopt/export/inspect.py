@@ -87,9 +87,7 @@ class Inspection:
         opsets = [f"{domain or 'ai.onnx'} {version}" for domain, version in self.opsets.items()]
         lines.append(f"opset   {', '.join(opsets)}")
         if self.dynamic:
-            lines.append(
-                f"dynamic {', '.join(f'{name} (counted as {size})' for name, size in self.dynamic.items())}"
-            )
+            lines.append(f"dynamic {', '.join(f'{name} (counted as {size})' for name, size in self.dynamic.items())}")
         lines.append(
             f"{self.nodes} nodes, {self.parameters:,} parameters, {self.macs:,} MACs, "
             f"{self.weight_bytes / 1e6:.2f} MB of weights"

@@ -49,7 +49,8 @@ class Step:
         size: of the graph as it stands after the step; of the rejected graph where it was rolled back.
         latency: of that graph, None where it was not measured (unchanged).
         speed: how many times faster than the input, None where it was not measured.
-        error: outputs against those of the input, see `graphopt.ir.compare`; None where not compared.
+        error: outputs against those of the input, see `graphopt.ir.compare`; None where not compared. The table
+            shows its `rms_error`, the figure that `tolerance` limits.
         metric: the user's metric, None where it was not evaluated.
         seconds: wall-clock time of the pass and its checks.
         remarks: what the pass declined and noted.
@@ -169,9 +170,7 @@ class Report:
         return stream.getvalue().rstrip("\n")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        threads = (
-            f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else "default threads"
-        )
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else "default threads"
         title = f"graphopt · {self.source} · recipe {self.recipe} · {self.target} ({threads}) · {self.data}"
         yield Text(title, style="bold")
         yield self._steps_table(wide=options.max_width >= _WIDE)
@@ -225,9 +224,7 @@ class Report:
         if self.weights:
             declined = Counter(weight.reason or "" for weight in self.weights if weight.status == "declined")
             lines.append((f"   weights: {changed} changed, {len(self.weights) - changed} declined", ""))
-            lines += [
-                (f"     {count} declined: {reason}", "dim") for reason, count in declined.most_common(4)
-            ]
+            lines += [(f"     {count} declined: {reason}", "dim") for reason, count in declined.most_common(4)]
         lines += self._remark_lines()
         lines += [(f"   note: {sentence}", "dim") for sentence in self.notes]
         lines += [(f"   target missed: {sentence}", "bold red") for sentence in self.missed]
@@ -287,7 +284,7 @@ _COLUMNS = (
 
 
 def _error(comparison: Comparison) -> str:
-    return f"{comparison.error:.1e}" if comparison.error else "0"
+    return f"{comparison.rms_error:.1e}" if comparison.rms_error else "0"
 
 
 def _count(number: int) -> str:
@@ -306,7 +303,7 @@ def _bytes(number: int) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
-        return value if abs(value) != float("inf") and value == value else None  # noqa: PLR0124
+        return value if abs(value) != float("inf") and value == value else None
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

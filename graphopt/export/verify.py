@@ -21,23 +21,33 @@ class Verdict:
 
     Attributes:
         comparison: errors per output.
-        tolerance: largest error allowed, by output name.
+        tolerance: largest root-mean-square error allowed, or None for the rounding of an exact rewrite.
+        limits: largest error (of the output's scale) allowed by output name, where there is no tolerance.
         inputs: "given" or "probes".
     """
 
     comparison: Comparison
-    tolerance: Mapping[str, float]
+    tolerance: float | None
+    limits: Mapping[str, float]
     inputs: str
 
     @property
     def passed(self) -> bool:
         """Whether every output is within its tolerance."""
-        return all(output.error <= self.tolerance.get(output.name, 0.0) for output in self.comparison.outputs)
+        if self.tolerance is not None:
+            return self.comparison.rms_error <= self.tolerance
+        return all(output.error <= self.limits.get(output.name, 0.0) for output in self.comparison.outputs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         document = self.comparison.to_json()
-        return {"passed": self.passed, "inputs": self.inputs, "tolerance": dict(self.tolerance), **document}
+        return {
+            "passed": self.passed,
+            "inputs": self.inputs,
+            "tolerance": self.tolerance,
+            "limits": dict(self.limits),
+            **document,
+        }
 
     def __str__(self) -> str:
         verdict = "same" if self.passed else "different"
@@ -56,7 +66,8 @@ def verify(
         reference: the model whose outputs are right; it runs without onnxruntime's graph optimisations.
         candidate: the model to judge; it runs as deployed.
         inputs: arrays by input name, or one array; two sets of probes where not given.
-        tolerance: largest error relative to the output's scale; None allows the rounding of an exact rewrite.
+        tolerance: largest root-mean-square error of an output, relative to it; None allows the rounding of an
+            exact rewrite, judged by the largest difference.
 
     Raises:
         DataError: the models have different inputs or outputs, or the inputs do not fit.
@@ -68,8 +79,9 @@ def verify(
         ("outputs", first.graph.outputs, second.graph.outputs),
     ):
         if [value.name for value in ours] != [value.name for value in theirs]:
+            names = [", ".join(value.name or "?" for value in values) for values in (ours, theirs)]
             raise DataError(
-                f"the models have different {kind}: {[value.name for value in ours]} and {[value.name for value in theirs]}",
+                f"the models have different {kind}: {names[0]} and {names[1]}",
                 help="only models with the same interface can be compared",
             )
     if inputs is None:
@@ -79,8 +91,6 @@ def verify(
         feeds = list(Calibration(first, [inputs]))
     expected = reference_outputs(first, feeds[:1])[0]
     names = [value.name or "" for value in first.graph.outputs]
-    limits = {
-        name: tolerance if tolerance is not None else exact_tolerance(np.asarray(array))
-        for name, array in zip(names, expected, strict=True)
-    }
-    return Verdict(compare(first, second, feeds), limits, "probes" if inputs is None else "given")
+    limits = {name: exact_tolerance(np.asarray(array)) for name, array in zip(names, expected, strict=True)}
+    source = "probes" if inputs is None else "given"
+    return Verdict(compare(first, second, feeds), tolerance, limits, source)

@@ -40,9 +40,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     folder = target.parent
     if not folder.is_dir():
-        raise WriteError(
-            "the folder does not exist", where=str(folder), help="create it, or write somewhere else"
-        )
+        raise WriteError("the folder does not exist", where=str(folder), help="create it, or write somewhere else")
     if target.is_dir():
         raise WriteError("the output path is a directory", where=str(target), help="name a file in it")
     try:

@@ -1,0 +1,1 @@
+"""Floor 1: graphs, and what is true about them. Changes nothing on its own."""

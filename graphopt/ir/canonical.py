@@ -95,9 +95,7 @@ def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | 
     torn = value in first.from_weights or (value in first.from_scalars and value not in first.sizes)
     if value in first.constants and value in second.constants and not torn:
         a, b = first.constants[value], second.constants[value]
-        same = (
-            a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-        )
+        same = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
         return a if same else None
     node = value.producer()
     if node is not None and node.op_type == "ConstantOfShape" and node.domain == "":

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common
 from onnx_ir.passes import PassError
 
 from graphopt.errors import InvalidGraphError
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.session import open_session
 
 _LARGE = 1024
@@ -66,10 +67,7 @@ def unsorted_nodes(graphs: Iterable[ir.Graph]) -> list[ir.Node]:
         seen: set[ir.Value] = set()
         for node in graph:
             if any(
-                value is not None
-                and value.producer() is not None
-                and value.graph is graph
-                and value not in seen
+                value is not None and value.producer() is not None and value.graph is graph and value not in seen
                 for value in node.inputs
             ):
                 late.append(node)
@@ -85,7 +83,7 @@ def declared_proto(model: ir.Model) -> onnx.ModelProto:
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= _LARGE:
             continue
-        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor_shape(tensor))
         del graph.initializers[name]
         value.const_value = None
         if not value.is_graph_input():

@@ -20,6 +20,8 @@ _EXACT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16
 """Largest error of an exact rewrite by dtype of the output: rounding, accumulated over a deep network."""
 _EXACT_TOLERANCE_DISCRETE = 1e-2
 """Share of integer or boolean entries (class indices, masks) that may flip where rounding breaks a tie."""
+QUANTIZATION_TOLERANCE = 0.06
+"""Largest root-mean-square error that 8-bit quantization of a small well-conditioned network may leave."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,7 @@ def compare_arrays(reference: np.ndarray, candidate: np.ndarray, name: str = "ou
         return OutputError(name, share, share)
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
     finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
-        a[~finite], b[~finite], equal_nan=True
-    ):
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return OutputError(name, float("inf"), float("inf"), "NaN or infinity at different places")
     a, b = a[finite], b[finite]
     if a.size == 0:
@@ -131,8 +131,7 @@ def exact_tolerance(array: np.ndarray) -> float:
 def within_exact(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray]) -> bool:
     """Whether the candidate outputs equal the reference up to the rounding of an exact rewrite."""
     return len(reference) == len(candidate) and all(
-        compare_arrays(a, b).error <= exact_tolerance(np.asarray(a))
-        for a, b in zip(reference, candidate, strict=True)
+        compare_arrays(a, b).error <= exact_tolerance(np.asarray(a)) for a, b in zip(reference, candidate, strict=True)
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.rewrite import (
     FLOATING,
     DeclinedError,
@@ -171,7 +172,7 @@ def linear_at(node: ir.Node) -> Linear | None:
         raise DeclinedError(f"the weight of {node.op_type} is not constant", node)
     tensor = constant_tensor(node.inputs[weight_index])
     assert tensor is not None
-    shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+    shape = tensor_shape(tensor)
     if tensor.dtype not in FLOATING:
         raise DeclinedError(f"the weight of {node.op_type} is {tensor.dtype.name.lower()}", node)
     if is_op(node, "MatMul") and len(shape) != 2:

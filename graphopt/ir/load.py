@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx import external_data_helper
 
 from graphopt.errors import InvalidGraphError, LoadError
 from graphopt.ir.canonical import canonicalize
@@ -64,9 +65,7 @@ def read(source: Source) -> ir.Model:
     if not path.exists():
         raise LoadError("there is no such file", where=str(path), help="check the path")
     if path.is_dir():
-        raise LoadError(
-            "this is a directory, not an ONNX file", where=str(path), help="name the .onnx file in it"
-        )
+        raise LoadError("this is a directory, not an ONNX file", where=str(path), help="name the .onnx file in it")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -97,9 +96,7 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many types on malformed protos
-        raise InvalidGraphError(
-            f"the model is malformed: {error}", where=where, help="export it again"
-        ) from error
+        raise InvalidGraphError(f"the model is malformed: {error}", where=where, help="export it again") from error
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
     _hold_weights(model)
@@ -132,7 +129,7 @@ def _clone(model: ir.Model) -> ir.Model:
 
 
 def _check_external_data(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):  # pyright: ignore[reportPrivateUsage]
+    for tensor in external_data_helper._get_all_tensors(proto):  # pyright: ignore[reportPrivateUsage]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}

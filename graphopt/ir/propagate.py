@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from graphopt.ir.ops import default_table
-from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError
+from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError, tensor_shape
 
 MAXIMUM_CONSTANT_ELEMENTS = 4096
 """Larger values are data, not shape arithmetic, and are not tracked."""
@@ -122,9 +122,7 @@ def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
     return tuple(shape)
 
 
-def propagate(
-    model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None
-) -> Facts:
+def propagate(model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None) -> Facts:
     """Infer concrete shapes and known constants, node by node, subgraphs included.
 
     Args:
@@ -165,7 +163,7 @@ class _Propagation:
     def _graph(self, graph: ir.Graph) -> None:
         for value in graph.initializers.values():
             if value.const_value is not None:
-                self.facts.shapes[value] = tuple(int(size) for size in value.const_value.shape)
+                self.facts.shapes[value] = tensor_shape(value.const_value)
                 self.facts.dtypes[value] = value.const_value.dtype
                 if value.const_value.dtype.is_floating_point():
                     if value.const_value.size > 1:
@@ -240,11 +238,7 @@ class _Propagation:
             return False
         for value in known:
             shape = facts.shape(value)
-            if (
-                shape is None
-                or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS
-                or facts.constant(value) is None
-            ):
+            if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS or facts.constant(value) is None:
                 return False
         if node.op_type in ("ConstantOfShape", "Expand", "Tile", "Range"):
             self._shapes(node)
@@ -315,9 +309,7 @@ class _Propagation:
         """Shapes that `onnx.shape_inference` finds for the outputs of one node, by output index."""
         version = self.opsets.get(node.domain)
         try:
-            schema = onnx.defs.get_schema(
-                node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain
-            )
+            schema = onnx.defs.get_schema(node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain)
         except onnx.defs.SchemaError:
             return {}
         types: dict[str, onnx.TypeProto] = {}
@@ -371,11 +363,7 @@ class _Propagation:
 
     def _control_flow(self, node: ir.Node) -> None:
         """If: where the branches agree. Loop and Scan: the body once, for carried values whose shape is stable."""
-        graphs = {
-            name: attribute.as_graph()
-            for name, attribute in node.attributes.items()
-            if _holds_graphs(attribute)
-        }
+        graphs = {name: attribute.as_graph() for name, attribute in node.attributes.items() if _holds_graphs(attribute)}
         if node.op_type == "If":
             for graph in graphs.values():
                 self._graph(graph)
@@ -392,9 +380,7 @@ class _Propagation:
             carried = len(node.inputs) - 2
             trip = self.facts.constant(node.inputs[0])
             count = None if trip is None else int(np.asarray(trip).reshape(()))
-            stacked = [
-                None if shape is None or count is None else (count, *shape) for shape in found[1 + carried :]
-            ]
+            stacked = [None if shape is None or count is None else (count, *shape) for shape in found[1 + carried :]]
             self._agree(node.outputs, [[*found[1 : 1 + carried], *stacked]])
         elif node.op_type == "Scan":
             scans = _integer(node, "num_scan_inputs") or 0

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import tensor_shape
+
 FLOATING = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE})
 """Element types that rewrites may compute with: through float64 and back."""
 
@@ -197,7 +199,7 @@ class Rewriter:
         value = ir.Value(
             name=self.unique_name(wanted_name),
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tuple(int(dim) for dim in tensor.shape)),  # type: ignore[arg-type]
+            shape=ir.Shape(tensor_shape(tensor)),
             const_value=tensor,
         )
         graph.register_initializer(value)
@@ -213,7 +215,7 @@ class Rewriter:
         old = node.inputs[index] if index < len(node.inputs) else None
         if old is not None and old.is_initializer() and len(old.uses()) == 1 and not old.is_graph_output():
             old.const_value = tensor
-            old.shape = ir.Shape(tuple(int(dim) for dim in tensor.shape))  # type: ignore[arg-type]
+            old.shape = ir.Shape(tensor_shape(tensor))
             old.type = ir.TensorType(tensor.dtype)
             return
         name = wanted_name or (old.name if old is not None and old.name else f"{node.name}.constant")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from graphopt.errors import DataError, GraphoptError, InvalidGraphError
+from graphopt.ir.ops.row import tensor_shape
 
 Feeds = Mapping[str, np.ndarray]
 """One set of model inputs: input name to array."""
@@ -43,7 +44,7 @@ class Session(onnxruntime.InferenceSession):
     def run_feeds(self, feeds: Feeds) -> list[np.ndarray]:
         """Run once and return every output. Raises `DataError` where the feeds do not fit the model."""
         try:
-            return list(self.run(None, dict(feeds)))
+            return [np.asarray(output) for output in self.run(None, dict(feeds))]
         except Exception as error:
             raise DataError(
                 f"onnxruntime cannot run the model on these inputs: {_first_line(error)}",
@@ -147,7 +148,7 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
         names.append(name)
         weights.append(_ort_value(tensor))
         value.const_value = ir.ExternalTensor(
-            "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor_shape(tensor)), name=name
         )
     return ir.to_proto(shell).SerializeToString(), names, weights
 
@@ -155,9 +156,7 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
 def _ort_value(tensor: ir.TensorProtocol) -> Any:
     array = np.ascontiguousarray(tensor.numpy())
     if tensor.dtype == ir.DataType.BFLOAT16:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            array.view(np.uint16), int(ir.DataType.BFLOAT16)
-        )
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 

@@ -160,9 +160,7 @@ def _weight_elements(linear: Linear | None) -> int:
     return 0 if tensor is None else tensor.size
 
 
-def _merge_products(
-    rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None
-) -> ir.Value:
+def _merge_products(rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None) -> ir.Value:
     if is_op(keeper.node, "ConvTranspose"):
         raise DeclinedError("branches of ConvTranspose are not merged")
     axes = (keeper.out_axis, keeper.in_axis)
@@ -184,9 +182,7 @@ def _require_same_results(keeper: Linear, other: Linear) -> None:
         raise DeclinedError("the weights of the branches have different element types")
 
 
-def _merge_convolutions(
-    rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None
-) -> ir.Value:
+def _merge_convolutions(rewriter: Rewriter, keeper: Linear, other: Linear | None, same: _Identity | None) -> ir.Value:
     place = spatial(keeper.node, keeper.kernel)
     weight, bias, groups = keeper.weight(), keeper.bias(), keeper.groups
     if same is not None:

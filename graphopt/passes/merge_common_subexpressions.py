@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.rewrite import FLOATING, DeclinedError, Rewriter, constant_tensor, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
 
@@ -108,7 +109,7 @@ def _operand(value: ir.Value | None) -> Hashable:
         return None
     tensor = constant_tensor(value)
     if tensor is not None and tensor.size <= (1 if tensor.dtype in FLOATING else _STRUCTURE):
-        shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+        shape = tensor_shape(tensor)
         if tensor.dtype == ir.DataType.STRING:
             return ("constant", tuple(tensor.numpy().reshape(-1).tolist()), shape)
         return ("constant", int(tensor.dtype), shape, tensor.tobytes())

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.passes.contract import Context, Pass, Semantics
 
 
@@ -73,7 +74,7 @@ def _content(value: ir.Value) -> tuple[object, ...] | None:
     tensor = value.const_value
     if tensor is None:
         return None
-    shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+    shape = tensor_shape(tensor)
     if tensor.dtype == ir.DataType.STRING:
         return (tensor.dtype, shape, tuple(tensor.numpy().reshape(-1).tolist()))
     return (tensor.dtype, shape, hashlib.sha256(tensor.tobytes()).digest())

@@ -55,7 +55,10 @@ def test_sizes_that_depend_on_a_dynamic_dimension_stay() -> None:
 
 
 def test_values_from_weights_are_not_folded() -> None:
-    body = "w = Constant <value = float[6,2] {1,2,3,4,5,6,7,8,9,10,11,12}> () t = Transpose (w) u = Transpose (t) y = MatMul (x, u)"
+    body = (
+        "w = Constant <value = float[6,2] {1,2,3,4,5,6,7,8,9,10,11,12}> () "
+        "t = Transpose (w) u = Transpose (t) y = MatMul (x, u)"
+    )
     result = canonicalize(parse(body))
     assert ops(result) == ["Transpose", "Transpose", "MatMul"]
     assert list(result.graph.initializers) == ["w"]
@@ -99,7 +102,8 @@ def test_initializers_that_are_inputs_and_functions_and_constants() -> None:
     proto = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["": 17, "local": 1]>
         g (float[n,6] x) => (float[n,6] y) { a = local.twice (x) y = Relu (a) }
-        <domain: "local", opset_import: ["": 17]> twice (x) => (y) { two = Constant <value = float {2}> () y = Mul (x, two) }"""
+        <domain: "local", opset_import: ["": 17]>
+        twice (x) => (y) { two = Constant <value = float {2}> () y = Mul (x, two) }"""
     )
     model = load(proto)
     assert ops(model) == ["Mul", "Relu"]
@@ -160,7 +164,8 @@ def test_branches_of_an_if_are_seen() -> None:
 def test_propagation_of_loops() -> None:
     body = (
         "trip = Constant <value = int64 {3}> () go = Constant <value = bool {1}> () "
-        "last, y = Loop (trip, go, x) <body = b (int64 i, bool c, float[n,6] s) => (bool d, float[n,6] t, float[n,6] u) "
+        "last, y = Loop (trip, go, x) <body = b "
+        "(int64 i, bool c, float[n,6] s) => (bool d, float[n,6] t, float[n,6] u) "
         "{ d = Identity (c) t = Relu (s) u = Neg (s) }>"
     )
     model = parse(body, "(float[n,6] x) => (float[3,n,6] y)")

@@ -54,9 +54,7 @@ def test_the_whole_recipe_keeps_the_function_and_is_idempotent(name: str) -> Non
     check_structure(result)
     assert interface(result) == before
     for scale in (1, 2):
-        assert within_exact(
-            outputs(model, optimized=False, scale=scale), outputs(result, optimized=True, scale=scale)
-        )
+        assert within_exact(outputs(model, optimized=False, scale=scale), outputs(result, optimized=True, scale=scale))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +64,9 @@ def test_tensors_of_the_input_are_never_written_to(name: str) -> None:
     for single in preset("exact").passes:
         single.run(model.clone(), Context())
     for key, array in before.items():
-        assert np.array_equal(array, model.graph.initializers[key].const_value.numpy(), equal_nan=array.dtype.kind == "f")
+        assert np.array_equal(
+            array, model.graph.initializers[key].const_value.numpy(), equal_nan=array.dtype.kind == "f"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -134,6 +134,8 @@ def test_the_readme_names_every_pass_and_command() -> None:
 
 def test_docstring_examples_run() -> None:
     """Every `>>>` example of the package, torch ones included."""
-    code = "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--doctest-modules', 'graphopt']))"
+    code = (
+        "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--doctest-modules', 'graphopt']))"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:]

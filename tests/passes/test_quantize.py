@@ -11,7 +11,7 @@ import pytest
 
 from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.probes import probe_feeds
-from graphopt.ir.compare import compare, compare_outputs, within_exact
+from graphopt.ir.compare import QUANTIZATION_TOLERANCE, compare, compare_outputs, within_exact
 from graphopt.ir.session import open_session
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context
@@ -21,8 +21,6 @@ from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_plan import QuantizePlan
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
-QUANTIZATION_ERROR = 0.06
-"""RMS error that 8 bits may leave on these little nets: a wrong scale, axis or zero point leaves several times it."""
 
 
 def weighted(signature: str, body: str, **weights: tuple[int, ...]) -> ir.Model:
@@ -69,7 +67,7 @@ def fused(model: ir.Model, tmp_path: Path) -> Counter[str]:
 
 
 def assert_close(model: ir.Model, other: ir.Model, data: list[dict[str, np.ndarray]]) -> None:
-    assert compare(model, other, data).rms_error < QUANTIZATION_ERROR
+    assert compare(model, other, data).rms_error < QUANTIZATION_TOLERANCE
 
 
 def tiny() -> ir.Model:
@@ -254,7 +252,7 @@ def test_scales_follow_output_channels_of_gemm(transposed: int, axis: int) -> No
             found = open_session(result).run_feeds(one)[0]
             for column in range(5):  # each channel to its own scale
                 error = np.sqrt(np.mean(np.square(expected[:, column] - found[:, column])))
-                assert error < QUANTIZATION_ERROR * np.sqrt(np.mean(np.square(expected[:, column])))
+                assert error < QUANTIZATION_TOLERANCE * np.sqrt(np.mean(np.square(expected[:, column])))
 
 
 TRANSFORMER = weighted(

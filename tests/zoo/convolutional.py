@@ -44,7 +44,10 @@ class InvertedResidual(nn.Module):
         self.project, self.activation = conv_bn(4 * width, width, 1), activation
         self.excite = (
             nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Conv2d(4 * width, width, 1), nn.ReLU(), nn.Conv2d(width, 4 * width, 1),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Conv2d(4 * width, width, 1),
+                nn.ReLU(),
+                nn.Conv2d(width, 4 * width, 1),
                 nn.Hardsigmoid(),
             )
             if excite
@@ -62,8 +65,13 @@ class MobileNet(nn.Module):
     def __init__(self, activation: nn.Module, excite: bool) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            conv_bn(3, 16, 3, 2), activation, InvertedResidual(16, activation, excite),
-            InvertedResidual(16, activation, excite), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1),
+            conv_bn(3, 16, 3, 2),
+            activation,
+            InvertedResidual(16, activation, excite),
+            InvertedResidual(16, activation, excite),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.1),
             nn.Linear(16, 10),
         )
 
@@ -112,8 +120,12 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_bn(3, 8, 1), conv_bn(3, 8, 3), conv_bn(3, 8, 5),
-             nn.Sequential(nn.MaxPool2d(3, 1, 1), conv_bn(3, 8, 1))]
+            [
+                conv_bn(3, 8, 1),
+                conv_bn(3, 8, 3),
+                conv_bn(3, 8, 5),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), conv_bn(3, 8, 1)),
+            ]
         )
         self.head = nn.Conv2d(32, 8, 1)
 

@@ -125,9 +125,7 @@ def zoo_feeds(model: ir.Model, *, scale: int = 1, seed: int = 0) -> dict[str, np
     usual = {"batch": 2, "sequence": 12}
     feeds: dict[str, np.ndarray] = {}
     for value in model.graph.inputs:
-        shape = [
-            size if isinstance(size, int) else usual.get(str(size), 16) * scale for size in value.shape or ()
-        ]
+        shape = [size if isinstance(size, int) else usual.get(str(size), 16) * scale for size in value.shape or ()]
         integer = value.dtype is not None and value.dtype.is_integer()
         feeds[value.name or ""] = (
             rng.integers(0, 100, shape) if integer else rng.standard_normal(shape).astype(np.float32)

@@ -28,7 +28,11 @@ class Attention(nn.Module):
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.groups), self.split(self.v(x), self.groups)
+        q, k, v = (
+            self.split(self.q(x), self.heads),
+            self.split(self.k(x), self.groups),
+            self.split(self.v(x), self.groups),
+        )
         if self.rotary:
             q, k = self.rotate(q), self.rotate(k)
         repeat = self.heads // self.groups

@@ -20,6 +20,11 @@ Shape = tuple[int, ...]
 """A concrete shape: every dimension is a known number of elements."""
 
 
+def tensor_shape(tensor: ir.TensorProtocol) -> Shape:
+    """Shape of a stored tensor, whose dimensions are all known."""
+    return tuple(int(size) for size in tensor.shape.numpy())
+
+
 @dataclass(frozen=True)
 class Site:
     """One node with the concrete shapes and known constants around it: what every column function reads.
