@@ -21,7 +21,7 @@ import graphopt
 
 FOLDER = Path(__file__).parent
 WIDTH = 32
-EPOCHS = 6
+EPOCHS = 4
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ import onnxruntime
 from graphopt.errors import DataError
 from graphopt.export.report import ROLLED_BACK, Report, Step, WeightFate
 from graphopt.export.write import save
-from graphopt.inputs.calibration import Calibration, as_array
+from graphopt.inputs.calibration import Calibration, as_array, fit_feeds
 from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.check import check_structure
@@ -33,7 +33,7 @@ from graphopt.progress import Progress
 from graphopt.recipe import Recipe, resolve
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def optimize(
         final=final,
         error=error,
         weights=_fates(canonical, history, steps),
-        notes=tuple(canonical.meta.get(NOTES, ())) + (tuple(data.notes) if data is not None else ()),
+        notes=tuple(dict.fromkeys([*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ())])) + (tuple(data.notes) if data is not None else ()),
         missed=_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
         environment=_environment(),
     )
@@ -205,7 +205,7 @@ def example_feeds(model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None) 
             )
         named = {value.name or "": entry for value, entry in zip(inputs, positional, strict=False)}
         given = {**named, **given}
-    return next(iter(Calibration(model, [{name: as_array(entry, name) for name, entry in given.items()}])))
+    return fit_feeds(model, {name: as_array(entry, name) for name, entry in given.items()})
 
 
 def _feeds(subject: _Subject, data: Calibration | None) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:

@@ -24,7 +24,8 @@ from graphopt.passes.contract import Context, Pass, Remark, Semantics
 Evaluate = Callable[[onnxruntime.InferenceSession], float]
 """The user's metric of a session, higher is better."""
 
-_SECONDS_PER_TIMING = 1.0
+_MOST_SECONDS, _LEAST_SECONDS, _ROUNDS = 1.0, 0.2, 200
+"""A timing takes about this many rounds, within these bounds."""
 _DEFAULT_DROP = 0.01
 """Share of the original's metric that may be lost where the user gave `evaluate` without `max_drop`."""
 
@@ -69,6 +70,7 @@ class Guard:
     _metric: float | None = None
     _best: Session | None = None
     _best_speed: float = 1.0
+    _seconds: float = _LEAST_SECONDS
 
     def first_step(self) -> Step:
         """Measure the original: reference outputs with onnxruntime's optimisations off, metric, latency."""
@@ -81,6 +83,7 @@ class Guard:
         if self.budget.evaluate is not None:
             self._metric = measure_metric(self.budget.evaluate, self._best)
         timing = self._time(self._best)
+        self._seconds = min(max(2 * _ROUNDS * timing.latencies[0].median / 1e3, _LEAST_SECONDS), _MOST_SECONDS)
         return Step(
             "(input)",
             APPLIED,
@@ -112,7 +115,7 @@ class Guard:
         if timing.is_slower() and not must_keep:
             del session  # placement of buffers alone makes a few percent: judge a second loading, for longer
             session = self._open(candidate)
-            timing = self._time(self._best, session, seconds=4 * _SECONDS_PER_TIMING)
+            timing = self._time(self._best, session, seconds=4 * self._seconds)
         speed = self._best_speed * timing.speeds[1].median
         step = Step(name, APPLIED, size, latency=timing.latencies[1], speed=speed, error=comparison)
         if timing.is_slower() and not must_keep:
@@ -138,7 +141,7 @@ class Guard:
             [original, session],
             self.feeds[0],
             names=("input", "result"),
-            seconds=3 * _SECONDS_PER_TIMING,
+            seconds=3 * self._seconds,
             threads=self.threads,
             target=self.target,
         )
@@ -188,12 +191,12 @@ class Guard:
     def _open(self, model: ir.Model) -> Session:
         return open_session(model, target=self.target, threads=self.threads)
 
-    def _time(self, *sessions: Session, seconds: float = _SECONDS_PER_TIMING) -> Benchmark:
+    def _time(self, *sessions: Session, seconds: float | None = None) -> Benchmark:
         return interleave(
             sessions,
             self.feeds[0],
             names=("best so far", "candidate")[: len(sessions)],
-            seconds=seconds * len(sessions) / 2,
+            seconds=seconds or self._seconds,
             threads=self.threads,
             target=self.target,
         )

@@ -17,6 +17,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool, total: int) -> None:
         console = Console(file=sys.stderr)
+        self._shown = not quiet and console.is_terminal
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -25,7 +26,7 @@ class Progress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=quiet or not console.is_terminal,
+            disable=not self._shown,
         )
         self._task = self._bar.add_task("", total=total)
         self._started = False
@@ -39,7 +40,7 @@ class Progress:
 
     def finish(self, step: Step) -> None:
         """Keep a step that was rolled back on the screen."""
-        if step.reason is not None:
+        if self._shown and step.reason is not None:
             self._bar.console.print(f"{step.name} {step.status}: {step.reason}", highlight=False)
 
     def __enter__(self) -> Progress:

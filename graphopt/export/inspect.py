@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.inputs.calibration import Calibration
+from graphopt.inputs.calibration import fit_feeds
 from graphopt.inputs.probes import symbolic_sizes
 from graphopt.ir.cost import OperatorCost, cost
 from graphopt.ir.load import Source, load
@@ -109,7 +109,7 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
     model = load(source)
     sizes = symbolic_sizes(model)
     if inputs is not None:
-        feeds = next(iter(Calibration(model, [inputs])))
+        feeds = fit_feeds(model, inputs)
         for value in model.graph.inputs:
             for axis in range(len(value.shape or ())):
                 name = dimension_name(value, axis)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -174,7 +175,9 @@ class Report:
         title = f"graphopt · {self.source} · recipe {self.recipe} · {self.target} ({threads}) · {self.data}"
         yield Text(title, style="bold")
         yield self._steps_table(wide=options.max_width >= _WIDE)
-        yield Group(*(Text(line, style=style) for line, style in self._closing_lines()))
+        for line, style in self._closing_lines():
+            indent = len(line) - len(line.lstrip())
+            yield Padding(Text(line.strip(), style=style), (0, 0, 0, indent))
 
     def _steps_table(self, *, wide: bool) -> Table:
         """One row a step that did something; a narrow screen does without the columns that the JSON also has."""

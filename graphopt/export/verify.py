@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import DataError
-from graphopt.inputs.calibration import Calibration
+from graphopt.inputs.calibration import fit_feeds
 from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.compare import Comparison, compare, exact_tolerance, reference_outputs
 from graphopt.ir.load import Source, read
@@ -88,7 +88,7 @@ def verify(
         sizes = runnable_sizes(first)
         feeds = probe_feeds(first, sizes=sizes, count=2)
     else:
-        feeds = list(Calibration(first, [inputs]))
+        feeds = [fit_feeds(first, inputs)]
     expected = reference_outputs(first, feeds[:1])[0]
     names = [value.name or "" for value in first.graph.outputs]
     limits = {name: exact_tolerance(np.asarray(array)) for name, array in zip(names, expected, strict=True)}

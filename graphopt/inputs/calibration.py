@@ -89,7 +89,7 @@ class Calibration:
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
         samples = items = 0
         for index, item in enumerate(self._items()):
-            feeds = self._fit(item, index)
+            feeds = self._fit(item, f"calibration item {index}")
             samples += _rows(feeds)
             items += 1
             yield feeds
@@ -120,9 +120,8 @@ class Calibration:
                 return
             yield item
 
-    def _fit(self, item: Any, index: int) -> dict[str, np.ndarray]:
+    def _fit(self, item: Any, where: str) -> dict[str, np.ndarray]:
         """One item as feeds, every array checked against its input."""
-        where = f"calibration item {index}"
         names = [value.name or "" for value in self._inputs]
         named: Mapping[str, Any]
         if isinstance(item, Mapping):
@@ -187,6 +186,26 @@ class Calibration:
             where=where,
             help=f"convert and scale it as the model expects, for instance x.astype(np.{wanted})",
         )
+
+
+def fit_feeds(model: ir.Model, item: Any, where: str = "example inputs") -> dict[str, np.ndarray]:
+    """One set of inputs as arrays by input name, checked against the model.
+
+    Args:
+        model: its inputs are what the item must fit.
+        item: as an item of `Calibration`.
+        where: what to call it in errors.
+
+    Raises:
+        DataError: names, number, dtypes or shapes do not fit; the message says which input.
+
+    Example:
+        >>> model = ir.from_onnx_text(
+        ...     '<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] x) => (float[n, 2] y) { y = Relu (x) }')
+        >>> fit_feeds(model, np.zeros((3, 2), np.float32))["x"].shape
+        (3, 2)
+    """
+    return Calibration(model, ())._fit(item, where)
 
 
 def as_array(given: Any, where: str = "input") -> np.ndarray:

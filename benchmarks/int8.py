@@ -1,0 +1,125 @@
+"""Recipe `int8`, data-free, against fp32 and against onnxruntime's own quantization of the same model.
+
+    python -m benchmarks.int8                   # all models
+    python -m benchmarks.int8 vit-s --seconds 30
+
+Every way to quantize with onnxruntime's tools that suits the network (`benchmarks.rivals.QUANTIZERS`) is measured;
+the fastest of them is "ORT best". Speed only: onnxruntime calibrates on noise here; for accuracy see
+`benchmarks.accuracy`. All files are opened in this process and timed in turns with graphopt's, one thread.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import graphopt
+from benchmarks.contest import BEYOND_NOISE, Contest, contest, node_count
+from benchmarks.models import DATA, exported
+from benchmarks.results import Column, Goal, Results, Row, ratio, read_options, stopwatch
+from benchmarks.rivals import quantizers_for
+from graphopt.inputs.probes import probe_feeds
+from graphopt.ir.load import read
+
+CIFAR_MODELS = ("resnet20", "resnet56")
+MODELS = ("resnet50", "mobilenetv2", "vit-s", "bert-base", *(CIFAR_MODELS if DATA.exists() else ()))
+QUICK_MODELS = ("mobilenetv2", *(CIFAR_MODELS[:1] if DATA.exists() else ()))
+OURS, FLOAT = "graphopt", "fp32"
+CALIBRATION_SAMPLES = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write `results/int8.json`."""
+    options = read_options("int8", __doc__, arguments, models=MODELS, quick_models=QUICK_MODELS)
+    results = Results(
+        "int8",
+        "recipe int8, data-free: speed against fp32 and onnxruntime's own quantization",
+        options.command,
+        options.complete,
+    )
+    for name in options.models:
+        rows, goal = measure(name, options.seconds)
+        results.rows += rows
+        results.goals.append(goal)
+    results.show_and_write(COLUMNS)
+
+
+def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
+    """One row a quantizer, and whether onnxruntime's fastest is no faster than graphopt."""
+    source = exported(name)
+    probes = probe_feeds(read(source), count=CALIBRATION_SAMPLES)
+    with tempfile.TemporaryDirectory() as temporary:
+        files, tool_seconds, failures = {OURS: Path(temporary) / "graphopt.onnx", FLOAT: source}, {FLOAT: 0.0}, {}
+        with stopwatch() as watch:
+            graphopt.optimize(source, recipe="int8", quiet=True).save(files[OURS])
+        tool_seconds[OURS] = watch.seconds
+        for number, quantizer in enumerate(quantizers_for(source)):
+            path = Path(temporary) / f"rival{number}.onnx"
+            with stopwatch() as watch:
+                try:
+                    quantizer.run(source, path, probes)
+                    files[quantizer.name] = path
+                except Exception as error:  # a tool that fails on a model is a finding, not the end of the run
+                    failures[quantizer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            tool_seconds[quantizer.name] = watch.seconds
+        measured = contest(files, reference=source, seconds=seconds, feeds=probes[0])
+        best = _fastest(measured)
+        rows = [
+            {
+                "model": name,
+                "tool": tool,
+                "ort_best": tool == best,
+                "nodes": node_count(path),
+                "megabytes": path.stat().st_size / 1e6,
+                "tool_seconds": tool_seconds[tool],
+                "load_seconds": measured.load_seconds[tool],
+                "speed_over_float": measured.speed_over(FLOAT).median
+                if tool == OURS
+                else measured.rival_speed(tool, over=FLOAT),
+                **({} if tool == OURS else measured.to_json()["rivals"][tool]),
+            }
+            for tool, path in files.items()
+        ]
+    rows += [{"model": name, "tool": tool, "failure": reason} for tool, reason in failures.items()]
+    return rows, _goal(name, measured, best)
+
+
+def _fastest(measured: Contest) -> str | None:
+    """onnxruntime's fastest, None where all its ways failed."""
+    rivals = [rival for rival in measured.pairs if rival != FLOAT]
+    return min(rivals, key=lambda rival: measured.speed_over(rival).median, default=None)
+
+
+def _goal(name: str, measured: Contest, best: str | None) -> Goal:
+    claim = f"{name}: int8 is not slower than ORT's best beyond noise (ratio {BEYOND_NOISE})"
+    over_float = f"{ratio(vars(measured.speed_over(FLOAT)))} of fp32"
+    if best is None:
+        return Goal(claim, f"speed {over_float}; every quantizer of onnxruntime failed", True)
+    beaten = measured.is_beaten_by(best)
+    figures = f"speed {over_float}, {ratio(vars(measured.speed_over(best)))} of {best}"
+    return Goal(claim, figures + ("; SLOWER" if beaten else ""), not beaten)
+
+
+def _verdict(row: Row) -> str:
+    if "failure" in row:
+        return row["failure"][:60]
+    best = "ORT best" if row["ort_best"] else ""
+    return f"{best}, graphopt is slower beyond noise" if row.get("faster_beyond_noise") else best
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("model", lambda row: row["model"]),
+    ("tool", lambda row: row["tool"]),
+    ("nodes", lambda row: str(row.get("nodes", "-"))),
+    ("MB", lambda row: f"{row['megabytes']:.1f}" if "megabytes" in row else "-"),
+    ("load s", lambda row: f"{row['load_seconds']:.3f}" if "load_seconds" in row else "-"),
+    ("x fp32", lambda row: f"{row['speed_over_float']:.2f}" if "speed_over_float" in row else "-"),
+    ("graphopt x it", lambda row: ratio(row["subject_is_faster"]) if "subject_is_faster" in row else "-"),
+    ("tool s", lambda row: f"{row['tool_seconds']:.1f}" if "tool_seconds" in row else "-"),
+    ("", _verdict),
+)
+
+
+if __name__ == "__main__":
+    main()
