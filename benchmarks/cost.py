@@ -29,12 +29,11 @@ MODEL_COPIES, FIXED_MEGABYTES = 2.5, 500
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write `results/cost.json`."""
-    options = read_options("cost", __doc__, arguments, models=(*MODELS, *QUICK_MODELS), quick_models=QUICK_MODELS)
-    models = options.models if options.quick or not options.complete else MODELS
+    options = read_options("cost", __doc__, arguments, models=MODELS, quick_models=QUICK_MODELS)
     results = Results(
         "cost", "graphopt optimize, recipe default: wall time and peak memory", options.command, options.complete
     )
-    for name in models:
+    for name in options.models:
         source = exported(name)
         found = measure(source)
         results.rows += [{"model": name, **step} for step in found["steps"]]

@@ -18,7 +18,9 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.models import CACHE
 
@@ -86,7 +88,7 @@ class Results:
         for index, (heading, _) in enumerate(columns):
             table.add_column(heading, justify="left" if index == 0 else "right")
         for row in self.rows:
-            table.add_row(*(cell(row) for _, cell in columns))
+            table.add_row(*(Text(cell(row)) for _, cell in columns))
         console.print(table)
         show_goals(console, [vars(goal) for goal in self.goals])
         folder = FOLDER if self.complete else PARTIAL_FOLDER
@@ -101,7 +103,7 @@ def show_goals(console: Console, goals: Sequence[Mapping[str, Any]]) -> None:
     """One line a goal."""
     for goal in goals:
         mark = "[green]reached[/]" if goal["reached"] else "[bold red]MISSED [/]"
-        console.print(f"  {mark}  {goal['claim']}: {goal['measured']}", soft_wrap=True)
+        console.print(f"  {mark}  {escape(goal['claim'])}: {escape(goal['measured'])}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

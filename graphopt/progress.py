@@ -44,10 +44,12 @@ class Progress:
             self._bar.console.print(f"{step.name} {step.status}: {step.reason}", highlight=False)
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        if self._shown:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._shown:
+            self._bar.stop()

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.spectra import natural_images, pink_noise
+from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
 
 KINDS = ("image", "audio", "gaussian", "tokens", "mask", "integer")
@@ -138,8 +139,8 @@ def candidate_sizes(model: ir.Model) -> Iterator[dict[str, int]]:
     """Sizes of the symbolic dimensions worth trying in turn, for models that refuse the usual ones."""
     roles: dict[str, str] = {}
     for value in model_inputs(model):
-        for axis, dimension in enumerate(value.shape or ()):
-            name = None if isinstance(dimension, int) else dimension.value
+        for axis in range(len(value.shape or ())):
+            name = dimension_name(value, axis)
             if name and not _is_expression(name):
                 roles.setdefault(name, _role(value, axis, name))
     expressions = [
@@ -256,10 +257,11 @@ def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator
 def _concrete(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
     shape: list[int] = []
     for axis, dimension in enumerate(value.shape or ()):
+        name = dimension_name(value, axis)
         if isinstance(dimension, int):
             shape.append(dimension)
-        elif dimension.value is not None and dimension.value in sizes:
-            shape.append(sizes[dimension.value])
+        elif name in sizes:
+            shape.append(sizes[name])
         else:
             role = _role(value, axis, dimension.value or "")
             shape.append({"batch": 1, "side": 224, "length": 16, "samples": 16000, "channel": 3}[role])

@@ -17,8 +17,9 @@ from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
 from graphopt.ir.identities import remove_no_op
 from graphopt.ir.opset import lift_opset
-from graphopt.ir.propagate import DEFAULT_SIZE, LITERAL, Facts, propagate, symbolic_dimensions
+from graphopt.ir.propagate import LITERAL, Facts
 from graphopt.ir.rewrite import Rewriter, constant, is_op
+from graphopt.ir.shapes import Probes, infer_shapes
 
 NOTES = "graphopt.notes"
 """Key in `model.meta`: list of sentences about how the model was read, for the report."""
@@ -81,7 +82,8 @@ def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -
     Values computed from float weights alone are left: folding them would tear the weight from its name before
     pruning and training. Weights that a ConstantOfShape stands for are written out.
     """
-    first, second = _two_probes(model, sizes)
+    probes = Probes(model, sizes)
+    first, second = probes.first, probes.second
     for graph in model.graphs():
         for node in list(graph):
             for value in node.outputs:
@@ -126,59 +128,6 @@ def _replace_by_initializer(graph: ir.Graph, value: ir.Value, array: np.ndarray)
     folded.shape, folded.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(folded)
     value.replace_all_uses_with(folded)
-
-
-def _two_probes(model: ir.Model, sizes: Mapping[str, int] | None) -> tuple[Facts, Facts]:
-    names = symbolic_dimensions(model)
-    chosen = {name: (sizes or {}).get(name, DEFAULT_SIZE) for name in names}
-    first = propagate(model, {**(sizes or {}), **chosen})
-    if not names:
-        return first, first
-    doubled = {name: 2 * size for name, size in {**(sizes or {}), **chosen}.items()}
-    return first, propagate(model, doubled)
-
-
-def infer_shapes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Facts:
-    """Write a shape on every value: numbers where two probes agree, the model's own symbols where they do not.
-
-    A run-time dimension that has no symbol yet gets the symbol of the one input dimension that it equals in both
-    probes, and stays anonymous where there is none or more than one.
-
-    Returns:
-        What the first probe knows about the graph.
-    """
-    first, second = _two_probes(model, sizes)
-    symbols = _symbols_by_sizes(model, sizes)
-    for graph in model.graphs():
-        for node in graph:
-            for value in node.outputs:
-                _write_shape(value, first, second, symbols)
-    return first
-
-
-def _symbols_by_sizes(model: ir.Model, sizes: Mapping[str, int] | None) -> dict[int, str]:
-    """Input symbols by their size in the first probe, where that size belongs to one symbol only."""
-    by_size: dict[int, list[str]] = {}
-    for name in symbolic_dimensions(model):
-        by_size.setdefault((sizes or {}).get(name, DEFAULT_SIZE), []).append(name)
-    return {size: names[0] for size, names in by_size.items() if len(names) == 1 and "[" not in names[0]}
-
-
-def _write_shape(value: ir.Value, first: Facts, second: Facts, symbols: Mapping[int, str]) -> None:
-    if value in first.dtypes and value.dtype is None:
-        value.dtype = first.dtypes[value]
-    a, b = first.shape(value), second.shape(value)
-    if a is None or b is None or len(a) != len(b) or value.is_graph_output():
-        return
-    declared = value.shape if value.shape is not None and len(value.shape) == len(a) else None
-    dimensions: list[int | str | None] = []
-    for axis, (size, other) in enumerate(zip(a, b, strict=True)):
-        if size == other:
-            dimensions.append(size)
-            continue
-        old = None if declared is None or isinstance(declared[axis], int) else declared[axis].value  # type: ignore[union-attr]
-        dimensions.append(old or (symbols.get(size) if other == 2 * size else None))
-    value.shape = ir.Shape(dimensions)
 
 
 def _drop_training_mode(model: ir.Model) -> None:

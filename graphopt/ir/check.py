@@ -12,6 +12,7 @@ from onnx_ir.passes import PassError
 
 from graphopt.errors import InvalidGraphError
 from graphopt.ir.ops.row import tensor_shape
+from graphopt.ir.ops.row import tensor_bytes
 from graphopt.ir.session import open_session
 
 _LARGE = 1024
@@ -30,7 +31,7 @@ def check_structure(model: ir.Model) -> None:
     _check_names(model)
     proto = declared_proto(model)
     try:
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(_with_shapes(proto))
     except onnx.checker.ValidationError as error:
         raise InvalidGraphError(
             f"the graph is not valid ONNX: {_summary(error)}",
@@ -81,7 +82,7 @@ def declared_proto(model: ir.Model) -> onnx.ModelProto:
     graph = shell.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _LARGE:
+        if tensor is None or tensor_bytes(tensor) <= _LARGE:
             continue
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor_shape(tensor))
         del graph.initializers[name]
@@ -90,6 +91,22 @@ def declared_proto(model: ir.Model) -> onnx.ModelProto:
             graph.inputs.append(value)
     shell.ir_version = max(shell.ir_version, _WITHOUT_INITIALIZER_INPUTS)
     return ir.to_proto(shell)
+
+
+def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The proto with a shape on every input and output, as the checker wants; its value is not looked at.
+
+    onnxruntime runs models whose inputs or outputs declare no shape, and there are many.
+    """
+    interface = (*proto.graph.input, *proto.graph.output)
+    if all(not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape") for value in interface):
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for value in (*result.graph.input, *result.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    return result
 
 
 def _check_names(model: ir.Model) -> None:

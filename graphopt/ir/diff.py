@@ -206,7 +206,7 @@ def _totals(side: Side) -> Totals:
     return Totals(
         nodes=len(side.position),
         parameters=sum(tensor.size for tensor in tensors),
-        weight_bytes=sum(tensor.nbytes for tensor in tensors),
+        weight_bytes=sum(tensor_bytes(tensor) for tensor in tensors),
         ops=Counter(op_text(node) for node in side.position),
     )
 

@@ -15,6 +15,7 @@ from graphopt.errors import InvalidGraphError, LoadError
 from graphopt.ir.canonical import canonicalize
 from graphopt.ir.check import check_structure, sort_nodes, unsorted_nodes
 from graphopt.ir.opset import check_opset
+from graphopt.ir.sparse import write_sparse_out
 
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
@@ -93,6 +94,7 @@ def _parse(data: bytes, where: str) -> onnx.ModelProto:
 
 def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
     _check_external_data(proto, where, folder)
+    write_sparse_out(proto, where)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many types on malformed protos

@@ -14,8 +14,12 @@ from graphopt.errors import InvalidGraphError
 
 CANONICAL_OPSET = 21
 """The opset of the canonical form: new enough for blocked and 4-bit quantization, old enough for every runtime."""
+_LAST_RESIZE_WITHOUT_MODES = 10
+"""Up to this opset, Upsample and Resize have one fixed rule for coordinates."""
 OLDEST_OPSET = 7
 """Older files broadcast by attribute; converters no longer read them reliably."""
+_OLDEST_CANONICAL = 18
+"""The passes write operators of this opset; a model that cannot be lifted to it is refused."""
 
 
 def check_opset(model: ir.Model) -> None:
@@ -40,12 +44,22 @@ def lift_opset(model: ir.Model, version: int = CANONICAL_OPSET) -> int:
     """Convert a model, in place, to `version` or as near to it as the converters carry it.
 
     Models that are newer already stay as they are. Returns the opset that was reached.
+
+    Raises:
+        InvalidGraphError: the converters do not carry the model to opset 18, or change its interface on the way.
     """
     current = model.opset_imports.get("", 0)
-    for goal in range(version, max(current, 17), -1):
+    for goal in range(version, max(current, _OLDEST_CANONICAL - 1), -1):
         if _convert(model, goal):
             return goal
-    return model.opset_imports.get("", current)
+    if 0 < current < _OLDEST_CANONICAL:
+        operators = sorted({node.op_type for graph in model.graphs() for node in graph if node.domain == ""})
+        raise InvalidGraphError(
+            f"the model of opset {current} cannot be lifted to opset {_OLDEST_CANONICAL} or above",
+            where=f"one of the operators {', '.join(operators)}",
+            help="export the model again with opset 18 or above",
+        )
+    return current
 
 
 def _convert(model: ir.Model, goal: int) -> bool:
@@ -61,10 +75,56 @@ def _convert(model: ir.Model, goal: int) -> bool:
         return False
     finally:
         logger.setLevel(level)
-    if trial.opset_imports.get("") != goal:
+    if trial.opset_imports.get("") != goal or not _same_interface(model, trial):
         return False
+    if 0 < model.opset_imports.get("", 0) <= _LAST_RESIZE_WITHOUT_MODES:
+        _write_resize_modes(trial)
     _adopt(model, trial)
     return True
+
+
+def _same_interface(model: ir.Model, trial: ir.Model) -> bool:
+    """Whether inputs and outputs are still the same; what the converter inferred about their shapes is undone.
+
+    The converter of Scan 8, for one, drops the batch axis of the model's inputs.
+    """
+    before = (*model.graph.inputs, *model.graph.outputs)
+    after = (*trial.graph.inputs, *trial.graph.outputs)
+    if len(before) != len(after):
+        return False
+    for old, new in zip(before, after, strict=True):
+        if old.name != new.name or old.dtype != new.dtype or not _may_be_equal(old, new):
+            return False
+        new.type, new.shape = old.type, old.shape
+    return True
+
+
+def _may_be_equal(old: ir.Value, new: ir.Value) -> bool:
+    """Whether no dimension is known on both sides with different sizes."""
+    if old.shape is None or new.shape is None:
+        return True
+    return len(old.shape) == len(new.shape) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(old.shape, new.shape, strict=True)
+    )
+
+
+def _write_resize_modes(model: ir.Model) -> None:
+    """State what Upsample and Resize meant before opset 11, which the converter leaves to the new defaults.
+
+    Coordinates were divided by the scale (asymmetric); the nearest sample was the one before when enlarging, and
+    the one behind when shrinking.
+    """
+    for graph in model.graphs():
+        for node in graph:
+            if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
+                continue
+            scales = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+            shrinks = scales is not None and bool((scales.numpy() < 1).any())
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "ceil" if shrinks else "floor")
 
 
 def _adopt(model: ir.Model, other: ir.Model) -> None:

@@ -143,7 +143,7 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del shell.graph.initializers[name]  # onnxruntime refuses external data of a weight that nothing reads
             continue
-        if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype not in _TYPES_OF_ORT_VALUES:
+        if tensor is None or tensor.dtype not in _TYPES_OF_ORT_VALUES or tensor.nbytes <= _INLINE_BYTES:
             continue
         names.append(name)
         weights.append(_ort_value(tensor))

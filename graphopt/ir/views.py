@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphopt.ir.dimensions import Dimension, dimensions, product, quotient
 from graphopt.ir.match import scalar
 from graphopt.ir.rewrite import integers, is_op
-
-Dimension = int | str
-"""Number of elements, or the name of a symbolic dimension."""
 
 REPEATED = -1
 """First number of the origin of an atom that Expand added."""
@@ -57,19 +55,6 @@ class View:
     axes: Axes
     scale: float
     nodes: frozenset[ir.Node]
-
-
-def dimensions(value: ir.Value) -> tuple[Dimension, ...] | None:
-    """Shape with names for symbolic dimensions; None where the rank or a dimension is unknown."""
-    if value.shape is None:
-        return None
-    found: list[Dimension] = []
-    for dim in value.shape:
-        size = dim if isinstance(dim, int) else dim.value
-        if size is None:
-            return None
-        found.append(size)
-    return tuple(found)
 
 
 def views(value: ir.Value) -> Iterator[View]:
@@ -129,14 +114,9 @@ def atoms(*axes: Sequence[Atom]) -> list[Atom]:
     return [atom for axis in axes for atom in axis]
 
 
-def elements(axis: Sequence[Atom]) -> int | None:
-    """Number of elements of an axis, None where it is symbolic."""
-    sizes = [atom.size for atom in axis]
-    return math.prod(size for size in sizes if isinstance(size, int)) if all(map(_is_int, sizes)) else None
-
-
-def _is_int(size: Dimension) -> bool:
-    return isinstance(size, int)
+def elements(axis: Sequence[Atom]) -> Dimension | None:
+    """Number of elements of an axis; None where it is a product of symbols that have no algebra."""
+    return product(atom.size for atom in axis)
 
 
 def _viewed(node: ir.Node | None) -> ir.Value | None:
@@ -167,24 +147,20 @@ def _regroup(flat: list[Atom], shape: Sequence[Dimension]) -> Axes | None:
     axes: list[tuple[Atom, ...]] = []
     for size in shape:
         axis: list[Atom] = []
-        if isinstance(size, str):
-            if not remaining or remaining[-1].size != size:
+        missing: Dimension = size
+        while missing != 1:
+            if not remaining:
                 return None
-            axis.append(remaining.pop())
-        else:
-            missing = size
-            while missing != 1:
-                atom = remaining.pop() if remaining else None
-                if atom is None or isinstance(atom.size, str) or atom.size == 0 or missing == 0:
+            atom = remaining.pop()
+            left = quotient(missing, atom.size)
+            if left is None:  # the axis ends within the atom, or does not come out at all
+                rest = quotient(atom.size, missing)
+                if rest is None:
                     return None
-                if missing % atom.size:
-                    if atom.size % missing:
-                        return None
-                    remaining.append(Atom((*atom.origin, 1), atom.size // missing))
-                    atom = Atom((*atom.origin, 0), missing)
-                axis.append(atom)
-                assert isinstance(atom.size, int)
-                missing //= atom.size
+                remaining.append(Atom((*atom.origin, 1), rest))
+                atom, left = Atom((*atom.origin, 0), missing), 1
+            axis.append(atom)
+            missing = left
         axes.append(tuple(axis))
     return None if remaining else tuple(axes)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.dimensions import Dimension, dimensions
 from graphopt.ir.match import scalar
 from graphopt.ir.rewrite import DeclinedError, Rewriter, constant, is_op
-from graphopt.ir.views import Dimension, dimensions
 
 _LOWEST = float(np.finfo(np.float32).min)
 FLOOR = _LOWEST / 2

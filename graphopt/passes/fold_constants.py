@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
-from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacement
 
 from graphopt.ir.rewrite import constant_tensor, discard_if_unread, is_op, static_shape
 from graphopt.passes.contract import Context, Pass, Semantics
@@ -62,7 +62,7 @@ class FoldConstants(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Fold, then keep all constants as initializers."""
-        folder = FoldConstantsPass(
+        folder = _Folder(
             shape_inference=True,
             input_size_limit=sys.maxsize,
             output_size_limit=sys.maxsize,
@@ -78,6 +78,17 @@ class FoldConstants(Pass):
                 if _operands_are_constant(node):
                     why = _reason_to_keep(node, self.growth) or "the reference evaluator cannot compute it"
                     context.missed("fold constant", why, node)
+
+
+class _Folder(FoldConstantsPass):
+    """onnxscript's folder, which leaves a node alone where one of its rules for that operator raises."""
+
+    def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:  # noqa: FBT001
+        """Evaluate or rewrite one node. Rules of onnxscript fail on legal inputs (a scalar `split`, say)."""
+        try:
+            return super().process_node(node, is_function)
+        except RuntimeError:
+            return None
 
 
 @contextlib.contextmanager

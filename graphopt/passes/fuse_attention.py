@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.dimensions import dimensions
 from graphopt.ir.match import discard, require_closed, scalar
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op, rank, sole_consumer
-from graphopt.ir.views import REPEATED, Atom, Axes, View, apply, dimensions, elements, start, views
+from graphopt.ir.views import REPEATED, Atom, Axes, View, apply, elements, start, views
 from graphopt.passes.attention_mask import Mask, MaskBuilder, read_mask
 from graphopt.passes.contract import Context, Pass, Semantics
 
@@ -274,7 +275,7 @@ def _operand(value: ir.Value, flat: bool, width_axis: int) -> _Operand | None:
         own = [atom for atom in head if atom.origin[0] != REPEATED]
         wanted: Axes = (batch, token, (*own, *width)) if flat else (batch, tuple(own), token, width)
         heads = elements(own)
-        if heads is None or tuple(own) != head[: len(own)]:
+        if not isinstance(heads, int) or tuple(own) != head[: len(own)]:
             continue
         permutation = _permutation(view, wanted)
         if permutation == tuple(range(len(wanted))):

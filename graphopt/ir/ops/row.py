@@ -25,6 +25,13 @@ def tensor_shape(tensor: ir.TensorProtocol) -> Shape:
     return tuple(int(size) for size in tensor.shape.numpy())
 
 
+def tensor_bytes(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a stored tensor: sub-byte types packed, of strings their characters."""
+    if tensor.dtype == ir.DataType.STRING:
+        return sum(len(entry) for entry in tensor.numpy().reshape(-1).tolist())
+    return tensor.nbytes
+
+
 @dataclass(frozen=True)
 class Site:
     """One node with the concrete shapes and known constants around it: what every column function reads.
