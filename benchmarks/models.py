@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 def exported(name: str) -> Path:
-    """Path of the plain torch export of a network by name (see `NETWORKS`); exported once, then cached."""
-    path = CACHE / f"{name}.onnx"
+    """Path of the plain torch export of a network of `NETWORKS`; done once for each torch and transformers version."""
+    versions = "-".join(f"{package}-{version(package)}" for package in ("torch", "transformers"))
+    path = CACHE / versions / f"{name}.onnx"
     if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         module, inputs = NETWORKS[name]()
-        _export(module, inputs, path)
+        unfinished = path.with_suffix(".part")
+        _export(module, inputs, unfinished)
+        unfinished.replace(path)
     return path
 
 
@@ -46,7 +50,7 @@ def resnet50() -> tuple[Any, dict[str, Any]]:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    return _Logits(ResNetForImageClassification(ResNetConfig(num_labels=1000))), _image(224)
+    return _logits(ResNetForImageClassification(ResNetConfig(num_labels=1000))), _image(224)
 
 
 def mobilenetv2() -> tuple[Any, dict[str, Any]]:
@@ -56,7 +60,7 @@ def mobilenetv2() -> tuple[Any, dict[str, Any]]:
 
     torch.manual_seed(0)
     config = MobileNetV2Config(num_labels=1000, tf_padding=False)
-    return _Logits(MobileNetV2ForImageClassification(config)), _image(224)
+    return _logits(MobileNetV2ForImageClassification(config)), _image(224)
 
 
 def vit_s() -> tuple[Any, dict[str, Any]]:
@@ -68,7 +72,7 @@ def vit_s() -> tuple[Any, dict[str, Any]]:
     config = ViTConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, num_labels=1000
     )
-    return _Logits(ViTForImageClassification(config)), _image(224)
+    return _logits(ViTForImageClassification(config)), _image(224)
 
 
 def bert_base() -> tuple[Any, dict[str, Any]]:
@@ -78,7 +82,7 @@ def bert_base() -> tuple[Any, dict[str, Any]]:
 
     torch.manual_seed(0)
     tokens = torch.randint(0, 30000, (1, 128))
-    return _Logits(BertForSequenceClassification(BertConfig()), "input_ids"), {"input_ids": tokens}
+    return _logits(BertForSequenceClassification(BertConfig()), "input_ids"), {"input_ids": tokens}
 
 
 def _image(side: int) -> dict[str, Any]:
@@ -87,8 +91,8 @@ def _image(side: int) -> dict[str, Any]:
     return {"pixel_values": torch.randn(1, 3, side, side)}
 
 
-def _Logits(model: Any, name: str = "pixel_values") -> Any:  # noqa: N802  (stands for a module class)
-    """The model with its logits as the only output."""
+def _logits(model: Any, input_name: str = "pixel_values") -> Any:
+    """The model with one input and its logits as the only output."""
     import torch
 
     class Logits(torch.nn.Module):
@@ -96,14 +100,15 @@ def _Logits(model: Any, name: str = "pixel_values") -> Any:  # noqa: N802  (stan
             super().__init__()
             self.model = model
 
-    def image(self: Any, pixel_values: Any) -> Any:
-        return self.model(pixel_values=pixel_values).logits
+    class LogitsOfImage(Logits):
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values=pixel_values).logits
 
-    def tokens(self: Any, input_ids: Any) -> Any:
-        return self.model(input_ids=input_ids).logits
+    class LogitsOfTokens(Logits):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids).logits
 
-    Logits.forward = image if name == "pixel_values" else tokens  # type: ignore[method-assign]
-    return Logits()
+    return {"pixel_values": LogitsOfImage, "input_ids": LogitsOfTokens}[input_name]()
 
 
 def cifar_resnet(depth: int) -> Any:

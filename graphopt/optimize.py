@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from graphopt.ir.opset import check_opset
 from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
 from graphopt.passes.contract import Context, Pass, Semantics
-from graphopt.pipeline import DEFECT, Budget, Evaluate, Guard, run_passes
+from graphopt.pipeline import DEFECT, Budget, Evaluate, Guard, run_recipe
 from graphopt.progress import Progress
 from graphopt.recipe import Recipe, resolve
 
@@ -125,20 +124,14 @@ def optimize(
         guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
         context = Context(target=target, threads=threads, sizes=sizes, calibration=data)
         progress.start("measure the input")
-        steps = [guard.first_step()]
-        start = time.perf_counter()
-        accepted = guard.judge("(canonical)", canonical, Semantics.EXACT, must_keep=True)
-        accepted = replace(accepted, seconds=time.perf_counter() - start)
-        steps.append(accepted)
-        if accepted.status == ROLLED_BACK:
-            best, history = original, {name: [] for name in original.graph.initializers}
-        else:
-            best, passed, history = run_passes(
-                canonical, chosen.passes, guard, context, on_step=progress.finish, on_start=progress.start
-            )
-            steps += passed
+        best, steps, history = run_recipe(canonical, chosen.passes, guard, context, progress)
         progress.start("measure the result")
-        final, error = guard.final(best)
+        final = guard.final()
+    if final.timing.is_slower():
+        best, final = original, None
+        steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason="slower than the input, which is returned"))
+    explicit = max_drop is not None or tolerance is not None
+    notes = [*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ()), *guard.notes, *(data.notes if data else ())]
     report = Report(
         source=subject.name,
         recipe=chosen.name,
@@ -146,11 +139,12 @@ def optimize(
         threads=threads,
         data=_data_sentence(data),
         steps=tuple(steps),
-        final=final,
-        error=error,
+        final=None if final is None else final.timing,
+        error=None if final is None else final.error,
+        metric=None if final is None else final.metric,
         weights=_fates(canonical, history, steps),
-        notes=tuple(dict.fromkeys([*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ())])) + (tuple(data.notes) if data is not None else ()),
-        missed=_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
+        notes=tuple(dict.fromkeys(notes)),
+        missed=_missed(steps, chosen, explicit=explicit),
         environment=_environment(),
     )
     return Result(best, report, original, target)
@@ -268,7 +262,7 @@ def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[s
     missed = [
         f"{step.name}: {step.reason}"
         for step in steps
-        if step.reason is not None and (step.name == "(canonical)" or step.reason.startswith(DEFECT))
+        if step.reason is not None and (step.name in ("(canonical)", "(result)") or step.reason.startswith(DEFECT))
     ]
     lossy = {single.name for single in recipe.passes if single.semantics is Semantics.LOSSY}
     if explicit or recipe.tolerance is None:

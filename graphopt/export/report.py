@@ -116,6 +116,7 @@ class Report:
         steps: the stages in order.
         final: the input and the result timed once more in turns, the totals' speed.
         error: outputs of the result against those of the input.
+        metric: the user's metric of the input and of the result, or None.
         weights: what became of each weight.
         notes: sentences about how the model was read.
         missed: targets that were asked for and not met, each a sentence; empty when all is well.
@@ -129,6 +130,7 @@ class Report:
     steps: tuple[Step, ...]
     final: Benchmark | None
     error: Comparison | None
+    metric: tuple[float, float] | None = None
     weights: tuple[WeightFate, ...] = ()
     notes: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
@@ -156,6 +158,7 @@ class Report:
             "steps": [step.to_json() for step in self.steps],
             "final": None if self.final is None else self.final.to_json(),
             "error": None if self.error is None else self.error.to_json(),
+            "metric": None if self.metric is None else list(self.metric),
             "weights": [{**vars(weight), "by": list(weight.by)} for weight in self.weights],
             "notes": list(self.notes),
             "missed": list(self.missed),
@@ -210,11 +213,7 @@ class Report:
             first, last = self.steps[0], self._last_kept()
             speed = self.final.speeds[-1]
             error = "" if self.error is None else f", error {_error(self.error)}"
-            metric = (
-                f", metric {first.metric:.4g} -> {last.metric:.4g}"
-                if first.metric is not None and last.metric is not None
-                else ""
-            )
+            metric = "" if self.metric is None else f", metric {self.metric[0]:.4g} -> {self.metric[1]:.4g}"
             lines.append(
                 (
                     f"   total: {speed.median:.2f} x faster ({speed.low:.2f} to {speed.high:.2f}, "

@@ -63,6 +63,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     )
     sort_nodes(model)
     _name_nodes(model)
+    _note_broken_weights(model)
     return model
 
 
@@ -153,6 +154,18 @@ def _drop_zero_biases(model: ir.Model) -> None:
                 if array is not None and not array.any():
                     node.replace_input_with(2, None)
                     node.resize_inputs(2)
+
+
+def _note_broken_weights(model: ir.Model) -> None:
+    """Say which weights hold NaN or infinity. Minus infinity alone is what masks are made of, and no news."""
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point() or tensor.size == 0:
+                continue
+            largest = float(np.max(tensor.numpy()))  # NaN where any element is
+            if not np.isfinite(largest) and largest != -np.inf:
+                note(model, f"weight {name!r} holds {'NaN' if np.isnan(largest) else 'infinity'}")
 
 
 def note(model: ir.Model, sentence: str) -> None:

@@ -11,8 +11,7 @@ import onnx_ir.passes.common as common
 from onnx_ir.passes import PassError
 
 from graphopt.errors import InvalidGraphError
-from graphopt.ir.ops.row import tensor_shape
-from graphopt.ir.ops.row import tensor_bytes
+from graphopt.ir.ops.row import tensor_bytes, tensor_shape
 from graphopt.ir.session import open_session
 
 _LARGE = 1024

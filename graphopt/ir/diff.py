@@ -12,6 +12,7 @@ import onnx_ir as ir
 from rich.text import Text
 
 from graphopt.ir.correspondence import Correspondence, Side, correspond, paired_by_name
+from graphopt.ir.ops.row import tensor_bytes
 from graphopt.ir.text import node_text, op_text, type_text, value_text
 from graphopt.ir.weight_pairs import WeightPair, weight_change, weight_type
 

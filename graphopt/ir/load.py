@@ -15,7 +15,7 @@ from graphopt.errors import InvalidGraphError, LoadError
 from graphopt.ir.canonical import canonicalize
 from graphopt.ir.check import check_structure, sort_nodes, unsorted_nodes
 from graphopt.ir.opset import check_opset
-from graphopt.ir.sparse import write_sparse_out
+from graphopt.ir.sparse import with_dense_weights
 
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
@@ -94,7 +94,7 @@ def _parse(data: bytes, where: str) -> onnx.ModelProto:
 
 def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
     _check_external_data(proto, where, folder)
-    write_sparse_out(proto, where)
+    proto = with_dense_weights(proto, where)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many types on malformed protos
@@ -115,7 +115,7 @@ def _hold_weights(model: ir.Model) -> None:
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.TensorProtoTensor) or (
+            if (isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype != ir.DataType.STRING) or (
                 isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL_WEIGHT
             ):
                 value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)

@@ -104,8 +104,7 @@ def _may_be_equal(old: ir.Value, new: ir.Value) -> bool:
     if old.shape is None or new.shape is None:
         return True
     return len(old.shape) == len(new.shape) and all(
-        a == b or not (isinstance(a, int) and isinstance(b, int))
-        for a, b in zip(old.shape, new.shape, strict=True)
+        a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in zip(old.shape, new.shape, strict=True)
     )
 
 

@@ -277,11 +277,12 @@ class Rewriter:
         further readers besides the nodes that the caller is about to remove. The producer of `old` is removed
         when nothing reads its other outputs.
         """
+        is_interface = old.is_graph_output()  # then also what it leaves undeclared is kept
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         name = old.name
-        if old.type is not None:
+        if old.type is not None or is_interface:
             new.type = old.type
-        if old.shape is not None:
+        if old.shape is not None or is_interface:
             new.shape = old.shape
         new.meta.clear()  # what was known of the value that `new` computed before no longer holds
         new.meta.update(old.meta)

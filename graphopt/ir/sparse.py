@@ -13,40 +13,56 @@ _LARGEST = 2**31
 """Bytes of the largest dense tensor that a sparse one is written out to."""
 
 
-def write_sparse_out(proto: onnx.ModelProto, where: str) -> None:
-    """Turn sparse initializers and sparse Constant nodes into dense ones, in place, subgraphs and functions included.
+def with_dense_weights(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """The model with its sparse initializers and sparse Constant nodes as dense ones, subgraphs and functions included.
 
     Args:
-        proto: any model; what is not sparse is not touched.
+        proto: any model; it is not changed, and handed back where nothing in it is sparse.
         where: name of the model, for the message.
 
     Raises:
         LoadError: a sparse tensor is malformed, or its dense form is larger than 2 GiB.
     """
-    for graph in _graphs(proto.graph):
+    if not any(graph.sparse_initializer for graph in _graphs(proto)) and not any(_sparse_constants(proto)):
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for graph in _graphs(result):
         for sparse in graph.sparse_initializer:
             dense = _dense(sparse, where)
             dense.name = sparse.values.name
             graph.initializer.append(dense)
         del graph.sparse_initializer[:]
-    nodes = [node for graph in _graphs(proto.graph) for node in graph.node]
+    for attribute in _sparse_constants(result):
+        attribute.t.CopyFrom(_dense(attribute.sparse_tensor, where))
+        attribute.ClearField("sparse_tensor")
+        attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+    return result
+
+
+def _sparse_constants(proto: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    nodes = [node for graph in _graphs(proto) for node in graph.node]
     nodes += [node for function in proto.functions for node in function.node]
     for node in nodes:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.SPARSE_TENSOR and node.op_type == "Constant":
-                attribute.t.CopyFrom(_dense(attribute.sparse_tensor, where))
-                attribute.ClearField("sparse_tensor")
-                attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+                yield attribute
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graphs(inner)
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and every subgraph, those in functions included."""
+    waiting: list[onnx.GraphProto] = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while waiting or nodes:
+        if waiting:
+            graph = waiting.pop()
+            yield graph
+            nodes.extend(graph.node)
+        else:
+            for attribute in nodes.pop().attribute:
+                waiting.extend(attribute.graphs)
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
 
 
 def _dense(sparse: onnx.SparseTensorProto, where: str) -> onnx.TensorProto:

@@ -68,8 +68,11 @@ class FoldConstants(Pass):
             output_size_limit=sys.maxsize,
             should_fold=lambda node: _reason_to_keep(node, self.growth) is None,
         )
+        declared = [(value.type, value.shape) for value in model.graph.outputs]
         with _silenced(_LOG):
             folder(model)
+        for value, (type_, shape) in zip(model.graph.outputs, declared, strict=True):
+            value.type, value.shape = type_, shape  # the folder infers shapes, but the interface is the user's
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for graph in model.graphs():
             for value in tuple(graph.initializers.values()):
@@ -83,7 +86,7 @@ class FoldConstants(Pass):
 class _Folder(FoldConstantsPass):
     """onnxscript's folder, which leaves a node alone where one of its rules for that operator raises."""
 
-    def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:  # noqa: FBT001
+    def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
         """Evaluate or rewrite one node. Rules of onnxscript fail on legal inputs (a scalar `split`, say)."""
         try:
             return super().process_node(node, is_function)
@@ -114,6 +117,8 @@ def _reason_to_keep(node: ir.Node, growth: float) -> str | None:
         return "it holds a quantized weight"
     if len(node.outputs) != 1:
         return "it has several results"
+    if any(value.dtype == ir.DataType.STRING for value in (*node.inputs, *node.outputs) if value is not None):
+        return "it computes with strings"
     shape = static_shape(node.outputs[0])
     if shape is None:
         return "the size of its result is not known beforehand"

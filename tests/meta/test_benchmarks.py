@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import contest, old_file, results
+from benchmarks import contest, old_file, results, run
 from graphopt.export.benchmark import Benchmark, Latency, Speed
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -40,8 +40,6 @@ def test_every_benchmark_can_be_run_by_name(name: str) -> None:
 
 
 def test_run_runs_what_there_is() -> None:
-    from benchmarks import run
-
     assert {*run.BENCHMARKS, *run.STUDIES, "accuracy", "run"} == set(RUNNABLE)
     assert set(MEASURING) == {*run.BENCHMARKS, "accuracy"}
 
