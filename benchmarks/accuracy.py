@@ -22,7 +22,7 @@ import graphopt
 from benchmarks import rivals
 from benchmarks.contest import node_count, open_file
 from benchmarks.models import DATA, cifar10, exported
-from benchmarks.results import Column, Goal, Results, Row, read_options, stopwatch
+from benchmarks.results import Column, Goal, Results, Row, progress, read_options, stopwatch
 from graphopt.passes.quantize import Quantize
 from graphopt.recipe import Recipe, preset
 
@@ -74,6 +74,7 @@ def measure(name: str, images: np.ndarray, labels: np.ndarray, calibration: list
     source = exported(name)
     rows: list[Row] = []
     for variant, write in _variants(calibration).items():
+        progress(f"{name}: {variant}")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
             with stopwatch() as watch:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import graphopt
-from benchmarks import rivals
 from benchmarks.contest import BEYOND_NOISE, Contest, contest, node_count
 from benchmarks.models import exported
-from benchmarks.results import Column, Goal, Results, Row, ratio, read_options, stopwatch
+from benchmarks.results import Column, Goal, Results, Row, progress, ratio, read_options
+from benchmarks.rivals import optimize_with_onnxscript, slim, write_all
 
 MODELS = ("resnet50", "mobilenetv2", "vit-s", "bert-base")
 OURS, PLAIN = "graphopt", "plain export"
-TOOLS: dict[str, Callable[[Path, Path], None]] = {
-    "onnxslim": rivals.slim,
-    "onnxscript": rivals.optimize_with_onnxscript,
+TOOLS: dict[str, Callable[[Path, Path], object]] = {
+    OURS: lambda source, path: graphopt.optimize(source, recipe="exact", quiet=True).save(path),
+    "onnxslim": slim,
+    "onnxscript": optimize_with_onnxscript,
 }
 
 
@@ -46,27 +48,16 @@ def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
     """One row a tool, and whether none of them is faster than graphopt."""
     source = exported(name)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        files, tool_seconds, failures = {OURS: folder / "graphopt.onnx", PLAIN: source}, {PLAIN: 0.0}, {}
-        with stopwatch() as watch:
-            graphopt.optimize(source, recipe="exact", quiet=True).save(files[OURS])
-        tool_seconds[OURS] = watch.seconds
-        for tool, run in TOOLS.items():
-            path = folder / f"{tool}.onnx"
-            with stopwatch() as watch:
-                try:
-                    run(source, path)
-                    files[tool] = path
-                except Exception as error:  # a tool that fails on a model is a finding, not the end of the run
-                    failures[tool] = f"{type(error).__name__}: {error}".splitlines()[0]
-            tool_seconds[tool] = watch.seconds
+        written = write_all(name, {tool: partial(write, source) for tool, write in TOOLS.items()}, Path(temporary))
+        files = {OURS: written.files[OURS], PLAIN: source, **written.files}
+        progress(f"{name}: timing")
         measured = contest(files, reference=source, seconds=seconds)
         rows = [
             {
                 "model": name,
                 "tool": tool,
                 "nodes": node_count(path),
-                "tool_seconds": tool_seconds[tool],
+                "tool_seconds": written.seconds.get(tool, 0.0),
                 "load_seconds": measured.load_seconds[tool],
                 "error": measured.errors[tool],
                 "speed_over_plain": _speed_over_plain(measured, tool),
@@ -74,7 +65,7 @@ def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
             }
             for tool, path in files.items()
         ]
-    rows += [{"model": name, "tool": tool, "failure": reason} for tool, reason in failures.items()]
+    rows += [{"model": name, "tool": tool, "failure": reason} for tool, reason in written.failures.items()]
     return rows, _goal(name, measured)
 
 

@@ -11,14 +11,15 @@ the fastest of them is "ORT best". Speed only: onnxruntime calibrates on noise h
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import graphopt
 from benchmarks.contest import BEYOND_NOISE, Contest, contest, node_count
 from benchmarks.models import DATA, exported
-from benchmarks.results import Column, Goal, Results, Row, ratio, read_options, stopwatch
-from benchmarks.rivals import quantizers_for
+from benchmarks.results import Column, Goal, Results, Row, progress, ratio, read_options
+from benchmarks.rivals import Feeds, Quantizer, quantizers_for, write_all
 from graphopt.inputs.probes import probe_feeds
 from graphopt.ir.load import read
 
@@ -50,19 +51,9 @@ def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
     source = exported(name)
     probes = probe_feeds(read(source), count=CALIBRATION_SAMPLES)
     with tempfile.TemporaryDirectory() as temporary:
-        files, tool_seconds, failures = {OURS: Path(temporary) / "graphopt.onnx", FLOAT: source}, {FLOAT: 0.0}, {}
-        with stopwatch() as watch:
-            graphopt.optimize(source, recipe="int8", quiet=True).save(files[OURS])
-        tool_seconds[OURS] = watch.seconds
-        for number, quantizer in enumerate(quantizers_for(source)):
-            path = Path(temporary) / f"rival{number}.onnx"
-            with stopwatch() as watch:
-                try:
-                    quantizer.run(source, path, probes)
-                    files[quantizer.name] = path
-                except Exception as error:  # a tool that fails on a model is a finding, not the end of the run
-                    failures[quantizer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            tool_seconds[quantizer.name] = watch.seconds
+        written = write_all(name, _writers(source, probes), Path(temporary))
+        files = {OURS: written.files[OURS], FLOAT: source, **written.files}
+        progress(f"{name}: timing")
         measured = contest(files, reference=source, seconds=seconds, feeds=probes[0])
         best = _fastest(measured)
         rows = [
@@ -72,7 +63,7 @@ def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
                 "ort_best": tool == best,
                 "nodes": node_count(path),
                 "megabytes": path.stat().st_size / 1e6,
-                "tool_seconds": tool_seconds[tool],
+                "tool_seconds": written.seconds.get(tool, 0.0),
                 "load_seconds": measured.load_seconds[tool],
                 "speed_over_float": measured.speed_over(FLOAT).median
                 if tool == OURS
@@ -81,8 +72,22 @@ def measure(name: str, seconds: float) -> tuple[list[Row], Goal]:
             }
             for tool, path in files.items()
         ]
-    rows += [{"model": name, "tool": tool, "failure": reason} for tool, reason in failures.items()]
+    rows += [{"model": name, "tool": tool, "failure": reason} for tool, reason in written.failures.items()]
     return rows, _goal(name, measured, best)
+
+
+def _writers(source: Path, probes: Sequence[Feeds]) -> dict[str, Callable[[Path], object]]:
+    """graphopt, which sees no data, and onnxruntime's quantizers, which calibrate on the probes."""
+    writers: dict[str, Callable[[Path], object]] = {
+        OURS: lambda path: graphopt.optimize(source, recipe="int8", quiet=True).save(path)
+    }
+    for quantizer in quantizers_for(source):
+        writers[quantizer.name] = partial(_quantize, quantizer, source, probes)
+    return writers
+
+
+def _quantize(quantizer: Quantizer, source: Path, probes: Sequence[Feeds], path: Path) -> None:
+    quantizer.run(source, path, probes)
 
 
 def _fastest(measured: Contest) -> str | None:

@@ -155,6 +155,11 @@ def read_options(
     )
 
 
+def progress(text: str) -> None:
+    """Say on the standard error stream what is being done now."""
+    print(f"{datetime.datetime.now():%H:%M:%S}  {text}", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Stopwatch:
     """Wall-clock seconds of a `with` block, read after it."""

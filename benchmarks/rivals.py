@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from benchmarks.results import progress, stopwatch
+
 Feeds = Mapping[str, np.ndarray]
 _PRODUCTS = {"MatMul", "Gemm"}
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
@@ -35,6 +37,46 @@ def optimize_with_onnxscript(source: Path, target: Path) -> None:
     model = ir.load(source)
     onnxscript.optimizer.optimize(model)
     ir.save(model, target)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What several tools made of one model.
+
+    Attributes:
+        files: by tool, the file that it wrote, in the order of the tools.
+        seconds: by tool, wall-clock time.
+        failures: by tool that raised, why.
+    """
+
+    files: dict[str, Path]
+    seconds: dict[str, float]
+    failures: dict[str, str]
+
+
+def write_all(model: str, writers: Mapping[str, Callable[[Path], object]], folder: Path) -> Written:
+    """Let each tool write its file.
+
+    Args:
+        model: its name, for the progress lines.
+        writers: by tool, what writes the file at a path. The first is the subject: what it raises ends the run. What
+            any other raises is a finding.
+        folder: where the files go.
+    """
+    written = Written({}, {}, {})
+    for number, (tool, write) in enumerate(writers.items()):
+        progress(f"{model}: {tool}")
+        path = folder / f"{number}.onnx"
+        with stopwatch() as watch:
+            try:
+                write(path)
+                written.files[tool] = path
+            except Exception as error:
+                if number == 0:
+                    raise
+                written.failures[tool] = f"{type(error).__name__}: {error}".splitlines()[0]
+        written.seconds[tool] = watch.seconds
+    return written
 
 
 @dataclass(frozen=True)

@@ -245,13 +245,13 @@ def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator
     kind = spec.kind or _kind(value, shape)
     dtype = value.dtype.numpy()
     if _is_float(value):
-        return _float_probe(kind, shape, spec, generator).astype(dtype)
+        return np.asarray(_float_probe(kind, shape, spec, generator)).astype(dtype)
     if dtype == np.bool_ or kind == "mask":
         return np.ones(shape, dtype)
     low, high = _integer_bounds(value, shape, kind)
     low = low if spec.low is None else int(spec.low)
     high = high if spec.high is None else int(spec.high) + 1
-    return generator.integers(low, max(high, low + 1), shape, dtype=np.int64).astype(dtype)
+    return np.asarray(generator.integers(low, max(high, low + 1), shape, dtype=np.int64)).astype(dtype)
 
 
 def _concrete(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -260,7 +260,7 @@ def _concrete(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
         name = dimension_name(value, axis)
         if isinstance(dimension, int):
             shape.append(dimension)
-        elif name in sizes:
+        elif name is not None and name in sizes:
             shape.append(sizes[name])
         else:
             role = _role(value, axis, dimension.value or "")

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from graphopt.errors import InvalidGraphError
 from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
 from graphopt.ir.identities import remove_no_op
@@ -37,7 +38,8 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
             the first probe (twice as many as the second). Without them every symbol is 2.
 
     Raises:
-        InvalidGraphError: the graph has a cycle, or a node reads a value that nobody produces.
+        InvalidGraphError: the graph has a cycle, a node reads a value that nobody produces, functions cannot be
+            inlined, or the model cannot be lifted to opset 18.
 
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,6] x) => (float[n,6] y) {
@@ -46,7 +48,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
         ['Shape', 'Reshape', 'Relu']
     """
     sort_nodes(model)
-    _clean(model, common.InlinePass(), common.RemoveUnusedFunctionsPass())
+    _inline_functions(model)
     _lift_constants(model)
     _clean(model, common.LiftSubgraphInitializersToMainGraphPass(), common.RemoveInitializersFromInputsPass())
     lift_opset(model)
@@ -65,6 +67,17 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     _name_nodes(model)
     _note_broken_weights(model)
     return model
+
+
+def _inline_functions(model: ir.Model) -> None:
+    try:
+        _clean(model, common.InlinePass(), common.RemoveUnusedFunctionsPass())
+    except ValueError as error:  # functions that call themselves, or are of another opset than the model
+        raise InvalidGraphError(
+            f"the model's functions cannot be inlined: {error}",
+            where=model.graph.name,
+            help="export the model again, without functions if there is such an option",
+        ) from error
 
 
 def _lift_constants(model: ir.Model) -> None:

@@ -28,7 +28,12 @@ def check_structure(model: ir.Model) -> None:
     what type inference rejects is put to onnxruntime, and only what both reject is an error.
     """
     _check_names(model)
-    proto = declared_proto(model)
+    try:
+        proto = declared_proto(model)
+    except Exception as error:  # onnx_ir raises many types on what it can hold but not write
+        raise InvalidGraphError(
+            f"the model is malformed: {_summary(_root(error))}", where=model.graph.name, help="export the model again"
+        ) from error
     try:
         onnx.checker.check_model(_with_shapes(proto))
     except onnx.checker.ValidationError as error:
@@ -132,6 +137,13 @@ def _check_names(model: ir.Model) -> None:
                     where=graph.name,
                     help="the file is damaged or was edited; export the model again",
                 )
+
+
+def _root(error: BaseException) -> BaseException:
+    """What started a chain of exceptions: onnx_ir wraps the reason once a level of the graph."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _summary(error: BaseException) -> str:

@@ -97,11 +97,11 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
     proto = with_dense_weights(proto, where)
     try:
         model = ir.from_proto(proto)
+        if folder is not None:
+            ir.external_data.set_base_dir(model.graph, folder)
+        _hold_weights(model)
     except Exception as error:  # onnx_ir raises many types on malformed protos
         raise InvalidGraphError(f"the model is malformed: {error}", where=where, help="export it again") from error
-    if folder is not None:
-        ir.external_data.set_base_dir(model.graph, folder)
-    _hold_weights(model)
     sort_nodes(model)
     return model
 

@@ -81,7 +81,7 @@ def _dense(sparse: onnx.SparseTensorProto, where: str) -> onnx.TensorProto:
             dense.reshape(-1)[indices] = values
         else:
             dense[tuple(indices.T)] = values
-    except (ValueError, IndexError, TypeError, NotImplementedError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
         raise LoadError(
             f"sparse weight {name!r} cannot be read: {error}", where=where, help="export the weight as a dense tensor"
         ) from error

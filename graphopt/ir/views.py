@@ -3,20 +3,22 @@
 An axis is a list of atoms: pieces of the axes of the value where the chain starts. Transpose moves atoms, Reshape
 cuts and joins them, Expand adds one that repeats. Two chains that spell the same rearrangement differently (two
 Reshapes around a Transpose, a four-dimensional Transpose) end in the same atoms, so that matching needs no list of
-spellings. Axes of one element have no atom: they carry nothing.
+spellings. Axes of one element have no atom: they carry nothing. Taking one entry of an axis (packed projections) ends
+in an axis of one element, too, and in a note of which entry it was.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphopt.ir.dimensions import Dimension, dimensions, product, quotient
+from graphopt.ir.identities import integer_operand
 from graphopt.ir.match import scalar
-from graphopt.ir.rewrite import integers, is_op
+from graphopt.ir.rewrite import constant, integers, is_op
 
 REPEATED = -1
 """First number of the origin of an atom that Expand added."""
@@ -41,20 +43,35 @@ Axes = tuple[tuple[Atom, ...], ...]
 
 
 @dataclass(frozen=True)
+class Part:
+    """One entry of an axis.
+
+    Attributes:
+        atom: the axis, whole.
+        index: which entry, from 0.
+    """
+
+    atom: Atom
+    index: int
+
+
+@dataclass(frozen=True)
 class View:
-    """A value as a rearrangement of `base`, times a number.
+    """A value as a rearrangement of `base`, or of a part of it, times a number.
 
     Attributes:
         base: where the chain starts.
         axes: the axes of the viewed value in atoms of `base`.
         scale: product of the constants multiplied on the way.
         nodes: the nodes between.
+        part: the entry of an axis of `base` that was taken; None where all of `base` is there.
     """
 
     base: ir.Value
     axes: Axes
     scale: float
     nodes: frozenset[ir.Node]
+    part: Part | None = None
 
 
 def views(value: ir.Value) -> Iterator[View]:
@@ -68,22 +85,38 @@ def views(value: ir.Value) -> Iterator[View]:
         >>> farthest.base.name, [[atom.size for atom in axis] for axis in farthest.axes]
         ('x', [[2], [3], [5], [4]])
     """
-    chain: list[tuple[ir.Node, ir.Value]] = []
+    chain: list[tuple[ir.Value, ir.Value]] = []
     current = value
-    while (data := _viewed(current.producer())) is not None:
-        producer = current.producer()
-        assert producer is not None
-        chain.append((producer, data))
+    while (data := _viewed(current)) is not None:
+        chain.append((current, data))
         current = data
     for length in range(len(chain), -1, -1):
-        base = chain[length - 1][1] if length else value
-        axes = start(base)
-        scale = 1.0
-        for node, data in reversed(chain[:length]):
-            axes = None if axes is None else apply(node, axes)
+        view = _follow(chain[length - 1][1] if length else value, reversed(chain[:length]))
+        if view is not None:
+            yield view
+
+
+def _follow(base: ir.Value, steps: Iterable[tuple[ir.Value, ir.Value]]) -> View | None:
+    """The view of `base` that the steps make, each a result and the value that it rearranges."""
+    axes, scale, part, nodes = start(base), 1.0, None, set[ir.Node]()
+    for result, data in steps:
+        node = result.producer()
+        if axes is None or node is None:
+            return None
+        nodes.add(node)
+        entry = _entry_taken(result)
+        if entry is None:
+            axes = apply(node, axes)
             scale *= _factor(node, data)
-        if axes is not None:
-            yield View(base, axes, scale, frozenset(node for node, _ in chain[:length]))
+            continue
+        axis, index = entry[0] % len(axes), entry[1]
+        if part is not None or len(axes[axis]) != 1:
+            return None
+        part = Part(axes[axis][0], index)
+        if not isinstance(part.atom.size, int) or index >= part.atom.size:
+            return None
+        axes = (*axes[:axis], *(() if node.op_type == "Gather" else ((),)), *axes[axis + 1 :])
+    return None if axes is None else View(base, axes, scale, frozenset(nodes), part)
 
 
 def start(value: ir.Value) -> Axes | None:
@@ -119,11 +152,12 @@ def elements(axis: Sequence[Atom]) -> Dimension | None:
     return product(atom.size for atom in axis)
 
 
-def _viewed(node: ir.Node | None) -> ir.Value | None:
-    """The value that `node` rearranges or scales; None where it does something else."""
+def _viewed(value: ir.Value) -> ir.Value | None:
+    """The value that `value` is a rearrangement, a multiple or an entry of; None where it is something else."""
+    node = value.producer()
     if node is None:
         return None
-    if is_op(node, "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand"):
+    if is_op(node, "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand") or _entry_taken(value):
         return node.inputs[0]
     if not is_op(node, "Mul", "Div"):
         return None
@@ -131,6 +165,30 @@ def _viewed(node: ir.Node | None) -> ir.Value | None:
     if scalar(second) is not None:
         return first
     return second if node.op_type == "Mul" and scalar(first) is not None else None
+
+
+def _entry_taken(value: ir.Value) -> tuple[int, int] | None:
+    """Axis and index where `value` is one entry of an axis of its producer's data, else None."""
+    node = value.producer()
+    if is_op(node, "Gather"):
+        assert node is not None
+        index, axis = constant(node.inputs[1]), node.attributes.get("axis")
+        known = index is not None and index.ndim == 0 and int(index) >= 0
+        return (0 if axis is None else axis.as_int(), int(index)) if known else None
+    if is_op(node, "Split"):
+        assert node is not None
+        sizes, axis = integer_operand(node, 1), node.attributes.get("axis")
+        entry = value.index() if sizes is not None and set(sizes) == {1} else None
+        return None if entry is None else (0 if axis is None else axis.as_int(), entry)
+    if is_op(node, "Slice"):
+        assert node is not None
+        starts, ends, axes, steps = (integer_operand(node, index) for index in range(1, 5))
+        if starts is None or ends is None or len(starts) != 1 or steps not in (None, [1]):
+            return None
+        if starts[0] < 0 or ends[0] != starts[0] + 1 or (axes is None and len(node.inputs) > 3):
+            return None
+        return (0 if axes is None else axes[0]), starts[0]
+    return None
 
 
 def _factor(node: ir.Node, data: ir.Value) -> float:

@@ -13,12 +13,14 @@ from graphopt.ir.dimensions import dimensions
 from graphopt.ir.match import discard, require_closed, scalar
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op, rank, sole_consumer
-from graphopt.ir.views import REPEATED, Atom, Axes, View, apply, elements, start, views
+from graphopt.ir.views import REPEATED, Atom, Axes, Part, View, apply, atoms, elements, start, views
 from graphopt.passes.attention_mask import Mask, MaskBuilder, read_mask
 from graphopt.passes.contract import Context, Pass, Semantics
 
 _OPSET = 23
 _WHAT = "fuse attention"
+_MOST_SIZE_NODES = 32
+"""More nodes than this never compute the sizes of one Reshape."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class _Operand:
         heads: number of heads in `base`.
         scale: constant factor between `base` and the operand.
         nodes: the nodes between.
+        part: which of how many equal blocks of the last axis of `base` it is, for packed projections.
     """
 
     base: ir.Value
@@ -134,17 +137,19 @@ class _Operand:
     heads: int
     scale: float
     nodes: frozenset[ir.Node]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """A whole attention: operands, mask, the value to replace and the nodes consumed."""
+    """A whole attention: operands, mask, the product with the values, the value to replace, the nodes consumed."""
 
     query: _Operand
     key: _Operand
     value: _Operand
     scale: float
     mask: Mask | None
+    heads: ir.Value
     result: ir.Value
     nodes: frozenset[ir.Node]
 
@@ -204,11 +209,21 @@ def _match(node: ir.Node) -> _Attention | None:
         query, key, value = (operand for operand in operands if operand is not None)
         if key.heads != value.heads or query.heads % key.heads or value.scale != 1.0:
             continue
-        nodes = core | tail
+        nodes = _with_sizes(core | tail, end)
+        if flat and not _is_closed(nodes, end):
+            continue
         require_closed(nodes, end)
         scale = scores.factor * query.scale * key.scale
-        return _Attention(query, key, value, scale, scores.mask, end, nodes)
+        return _Attention(query, key, value, scale, scores.mask, output.outputs[0], end, nodes)
     raise DeclinedError("queries, keys and values do not come as [batch, heads, tokens, width]")
+
+
+def _is_closed(nodes: frozenset[ir.Node], end: ir.Value) -> bool:
+    try:
+        require_closed(nodes, end)
+    except DeclinedError:
+        return False
+    return True
 
 
 def _nan_guard(softmax: ir.Node) -> tuple[ir.Value, frozenset[ir.Node]]:
@@ -269,17 +284,18 @@ def _operand(value: ir.Value, flat: bool, width_axis: int) -> _Operand | None:
     """
     permuted: _Operand | None = None
     for view in views(value):
-        if len(view.axes) != 4 or rank(view.base) != (3 if flat else 4):
+        if len(view.axes) != 4 or rank(view.base) != (3 if flat else 4) or (view.part and not flat):
             continue
         batch, head, token, width = (view.axes[axis] for axis in (0, 1, 5 - width_axis, width_axis))
         own = [atom for atom in head if atom.origin[0] != REPEATED]
-        wanted: Axes = (batch, token, (*own, *width)) if flat else (batch, tuple(own), token, width)
+        block = () if view.part is None else (view.part.atom,)  # outermost: entries are blocks of the last axis
+        wanted: Axes = (batch, token, (*block, *own, *width)) if flat else (batch, tuple(own), token, width)
         heads = elements(own)
         if not isinstance(heads, int) or tuple(own) != head[: len(own)]:
             continue
         permutation = _permutation(view, wanted)
         if permutation == tuple(range(len(wanted))):
-            return _Operand(view.base, flat, None, heads, view.scale, view.nodes)
+            return _Operand(view.base, flat, None, heads, view.scale, view.nodes, view.part)
         if permutation is not None and permuted is None:
             permuted = _Operand(view.base, flat, permutation, heads, view.scale, view.nodes)
     return None if flat else permuted
@@ -305,18 +321,70 @@ def _origin(atom: Atom) -> tuple[int, ...]:
 
 
 def _joined(output: ir.Value) -> tuple[ir.Value | None, frozenset[ir.Node]]:
-    """The value [B, S, H D] that the heads of `output` are joined to (None: there is none), and the nodes between."""
-    axes = start(output)
-    value, nodes = output, frozenset[ir.Node]()
-    while axes is not None:
-        consumer = sole_consumer(value)
+    """Where the heads of `output` are put side by side again, and the nodes between.
+
+    That is the value [B, S, H D], else the last one on the way that has the elements in this order and whose shape a
+    Reshape can be told; None where there is neither.
+    """
+    axes, value, nodes = start(output), output, frozenset[ir.Node]()
+    wanted = None if axes is None else _join(axes)
+    found: tuple[ir.Value | None, frozenset[ir.Node]] = (None, nodes)
+    while axes is not None and wanted is not None:
+        consumer = _sole_reader(value)
         if consumer is None or not is_op(consumer, "Transpose", "Reshape", "Squeeze", "Unsqueeze"):
             break
         axes = apply(consumer, axes)
         value, nodes = consumer.outputs[0], nodes | {consumer}
-        if axes is not None and len(axes) == 3 and _origins(axes) == _origins(_join(start(output))):
+        if axes is not None and _origins(axes) == _origins(wanted):
             return value, nodes
-    return None, frozenset()
+        if axes is not None and atoms(*axes) == atoms(*wanted) and _target(output, value) is not None:
+            found = value, nodes
+    return found
+
+
+def _sole_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads the elements of `value`, in the same graph; those that read its shape do not count."""
+    readers = [use.node for use in value.uses() if not is_op(use.node, "Shape")]
+    producer = value.producer()
+    if len(readers) != 1 or value.is_graph_output() or producer is None or readers[0].graph is not producer.graph:
+        return None
+    return readers[0]
+
+
+def _target(output: ir.Value, result: ir.Value) -> list[int] | None:
+    """What a Reshape of [B, S, H D] to the shape of `result` must be told, None where it cannot be constant."""
+    heads, shape = dimensions(output), dimensions(result)
+    if heads is None or shape is None or 0 in shape:
+        return None
+    batch_and_tokens = (heads[0], heads[2])
+    target = [
+        size if isinstance(size, int) else 0 if batch_and_tokens[axis : axis + 1] == (size,) else -1
+        for axis, size in enumerate(shape)
+    ]
+    return target if target.count(-1) <= 1 else None
+
+
+def _with_sizes(nodes: frozenset[ir.Node], end: ir.Value) -> frozenset[ir.Node]:
+    """`nodes`, and what computes sizes out of the shapes of their inner values.
+
+    torchscript reads the batch size of the result off an inner value to write the Reshape that joins the heads. Where
+    such a size is wanted elsewhere, too, the caller's check finds a reader outside.
+    """
+    found = set(nodes)
+    waiting = [
+        use.node
+        for node in nodes
+        for value in node.outputs
+        if value is not end
+        for use in value.uses()
+        if is_op(use.node, "Shape")
+    ]
+    while waiting and len(found) < len(nodes) + _MOST_SIZE_NODES:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [use.node for value in node.outputs for use in value.uses()]
+    return frozenset(found)
 
 
 def _join(axes: Axes | None) -> Axes:
@@ -337,14 +405,21 @@ def _emit(rewriter: Rewriter, found: _Attention, masks: MaskBuilder) -> None:
     after = found.result.producer()
     assert after is not None
     inputs: list[ir.Value | None] = []
+    blocks: dict[tuple[ir.Value, Atom], Sequence[ir.Value]] = {}
     for operand in (found.query, found.key, found.value):
-        if operand.permutation is None:
-            inputs.append(operand.base)
-            continue
-        base, order = operand.base, {"perm": operand.permutation}
-        inputs.append(
-            rewriter.insert(after, "Transpose", [base], like=base, suffix="heads", attributes=order).outputs[0]
-        )
+        base = operand.base
+        if operand.part is not None:
+            key = (base, operand.part.atom)
+            if key not in blocks:
+                blocks[key] = _split(rewriter, after, base, operand.part)
+            inputs.append(blocks[key][operand.part.index])
+        elif operand.permutation is not None:
+            order = {"perm": operand.permutation}
+            inputs.append(
+                rewriter.insert(after, "Transpose", [base], like=base, suffix="heads", attributes=order).outputs[0]
+            )
+        else:
+            inputs.append(base)
     if found.mask is not None:
         axis = 1 if found.query.flat else (found.query.permutation or range(4))[2]
         inputs.append(masks.build(rewriter, after, found.mask, found.query.base, axis))
@@ -352,5 +427,27 @@ def _emit(rewriter: Rewriter, found: _Attention, masks: MaskBuilder) -> None:
     if found.query.flat:
         attributes |= {"kv_num_heads": found.key.heads, "q_num_heads": found.query.heads}
     node = rewriter.insert(after, "Attention", inputs, attributes=attributes, like=found.result, suffix="attention")
-    rewriter.supersede(found.result, node.outputs[0])
+    result = node.outputs[0]
+    if found.query.flat and rank(found.result) != 3:
+        target = _target(found.heads, found.result)
+        assert target is not None and isinstance(after.graph, ir.Graph)
+        shape = rewriter.initializer(after.graph, f"{found.result.name}_shape", ir.Tensor(np.array(target, np.int64)))
+        result = rewriter.insert(node, "Reshape", [result, shape], like=found.result, suffix="joined").outputs[0]
+    rewriter.supersede(found.result, result)
     discard(found.nodes.union(found.query.nodes, found.key.nodes, found.value.nodes))
+
+
+def _split(rewriter: Rewriter, after: ir.Node, packed: ir.Value, part: Part) -> Sequence[ir.Value]:
+    """Equal blocks of the last axis of [B, S, n H D]."""
+    shape = dimensions(packed)
+    assert shape is not None and isinstance(part.atom.size, int) and isinstance(shape[2], int)
+    count = part.atom.size
+    assert isinstance(after.graph, ir.Graph)
+    sizes = np.full(count, shape[2] // count, dtype=np.int64)
+    split = rewriter.initializer(after.graph, f"{packed.name}_sizes", ir.Tensor(sizes))
+    node = rewriter.insert(
+        after, "Split", [packed, split], like=packed, suffix="part", attributes={"axis": 2}, outputs=count
+    )
+    for block in node.outputs:
+        block.shape = ir.Shape((*shape[:2], shape[2] // count))
+    return node.outputs

@@ -1,4 +1,4 @@
-"""The stopwatch: it must see a slower model, must not see a difference where there is none, and never divide by zero."""
+"""The stopwatch: it must see a slower model, and must not see a difference where there is none."""
 
 from __future__ import annotations
 
