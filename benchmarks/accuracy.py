@@ -98,7 +98,7 @@ def accuracy(path: Path, images: np.ndarray, labels: np.ndarray) -> float:
     session = open_file(path)
 
     def predict(image: np.ndarray) -> int:
-        return int(np.argmax(session.run(None, {INPUT: image[None]})[0]))
+        return int(np.argmax(np.asarray(session.run(None, {INPUT: image[None]})[0])))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         predicted = np.fromiter(pool.map(predict, images), np.int64, len(images))

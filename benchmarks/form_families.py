@@ -277,7 +277,54 @@ def _attention(about: str, tokens: int, heads: int, width: int, kv_heads: int, m
     )
 
 
+def _packed_attention(about: str, batch: int, tokens: int, heads: int, width: int) -> Family:
+    """Attention behind one projection to queries, keys and values (timm): permute and unbind, or Split.
+
+    Args:
+        about: what it stands for.
+        batch: number of sequences.
+        tokens: sequence length.
+        heads: number of heads.
+        width: size of one head.
+    """
+    features, scale = heads * width, width**-0.5
+    constants = (
+        f"int64[5] ps = {{{batch},{tokens},3,{heads},{width}}}, int64[3] parts = {{{features},{features},{features}}}, "
+        f"int64[3] ones = {{1,1,1}}, int64[1] zero = {{0}}, int64[3] os = {{{batch},{tokens},{features}}}, "
+        f"float scale = {{{scale}}}"
+    )
+    project = "m = MatMul(x, w) qkv = Add(m, bias) "
+    unbind = (
+        f"{project} r = Reshape(qkv, ps) t = Transpose<perm=[2,0,3,1,4]>(r) a, b, c = Split<axis=0>(t, ones) "
+        "q = Squeeze(a, zero) k = Squeeze(b, zero) v = Squeeze(c, zero) "
+    )
+    join = "j = Transpose<perm=[0,2,1,3]>(o) y = Reshape(j, os)"
+    heads_of = f"q_num_heads={heads}, kv_num_heads={heads}, scale={scale}"
+    forms = {
+        "permute and unbind (timm)": Form(
+            f"{unbind} kt = Transpose<perm=[0,1,3,2]>(k) qs = Mul(q, scale) s = MatMul(qs, kt) "
+            f"p = Softmax<axis=-1>(s) o = MatMul(p, v) {join}",
+            constants=constants,
+        ),
+        "Attention 4-D": Form(f"{unbind} o = Attention<scale={scale}>(q, k, v) {join}", 23, constants),
+        "Split, Attention 3-D": Form(
+            f"{project} q, k, v = Split<axis=2>(qkv, parts) y = Attention<{heads_of}>(q, k, v)", 23, constants
+        ),
+    }
+    shape = (batch, tokens, features)
+    return Family(
+        f"{about}, batch {batch}, {tokens} tokens, {heads} heads of {width}",
+        {"x": shape},
+        shape,
+        forms,
+        {"w": (features, 3 * features), "bias": (3 * features,)},
+    )
+
+
 FAMILIES |= {
+    "attention-packed-vit": _packed_attention("ViT-S packed projection and attention", 1, 197, 6, 64),
+    "attention-packed-short": _packed_attention("short sequences, packed projection and attention", 4, 16, 12, 64),
+    "attention-packed-batch": _packed_attention("narrow ViT, packed projection and attention", 4, 197, 3, 64),
     "attention-vit": _attention("ViT-S self-attention, no mask", 197, 6, 64, 6, None),
     "attention-bert": _attention("BERT-base self-attention, added mask", 128, 12, 64, 12, "add"),
     "attention-llama": _attention("LLaMA-like grouped-query attention, constant mask", 128, 16, 64, 4, "causal"),

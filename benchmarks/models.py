@@ -41,6 +41,7 @@ def _export(module: Any, inputs: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module.eval(), (), kwargs=inputs, dynamo=True, verbose=False)
+    assert program is not None
     program.save(str(path))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def _quantize_static(source: Path, target: Path, feeds: Iterable[Feeds], **optio
 
 
 @contextlib.contextmanager
-def _prepared(source: Path) -> Iterator[Path]:
+def _prepared(source: Path) -> Generator[Path, None, None]:
     """The file after onnxruntime's own preparation, which its documentation asks for; silent."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from graphopt.errors import DataError, GraphoptError, TargetMissedError
 
@@ -56,7 +57,9 @@ def optimize(
             help="calibration: .npy/.npz whose axis 0 counts samples, or a folder of such files",
         ),
     ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="how far outputs may move, relative to their scale")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="how far outputs may move: rms of the difference over rms of the output")
+    ] = None,
     target: Target = "cpu",
     threads: Threads = 1,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there as JSON")] = None,
@@ -155,7 +158,7 @@ def verify(
     candidate: ModelPath,
     inputs: Inputs = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="largest error allowed; default: rounding of an exact rewrite")
+        float | None, typer.Option(help="largest rms error allowed; default: the rounding of an exact rewrite")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -196,7 +199,8 @@ def _show(thing: Any, as_json: bool) -> None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = _WIDTH_OF_FILES
-        console.print(thing)
+        drawn = hasattr(thing, "__rich_console__") or hasattr(thing, "__rich__")
+        console.print(thing if drawn else Text(str(thing)))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray] | np.ndarray:

@@ -109,12 +109,15 @@ def test_bench(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in document["models"]] == ["model.onnx", "model.onnx"]
     assert document["models"][0]["speed"]["median"] == 1.0
+    assert run("bench", model_file, model_file, "--seconds", "0.2") == 0
+    assert "interleaved rounds" in capsys.readouterr().out
 
 
 def test_verify_same_and_different(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.onnx"
     run("optimize", model_file, "-o", out, "--recipe", "exact", "--quiet")
     assert run("verify", model_file, out) == 0
+    assert capsys.readouterr().out.startswith("same (inputs: probes)")
     broken = ir.load(model_file)
     broken.graph.initializers["w"].const_value = ir.tensor(np.ones((16, 3, 3, 3), np.float32), name="w")
     ir.save(broken, tmp_path / "broken.onnx")

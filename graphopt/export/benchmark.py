@@ -146,7 +146,7 @@ def interleave(
     threads: int,
     target: str,
 ) -> Benchmark:
-    """Time open sessions in turns; the order within a round alternates, so that no model always comes second."""
+    """Time open sessions in turns; each round begins with the next one, so that no model always comes second."""
     clock = time.thread_time if threads == 1 and target == "cpu" else time.perf_counter
     for session in sessions:
         session.run_feeds(feeds)
@@ -154,9 +154,9 @@ def interleave(
     times: list[list[float]] = []
     deadline = time.perf_counter() + seconds
     while len(times) < _LEAST_ROUNDS or (time.perf_counter() < deadline and len(times) < _MOST_ROUNDS):
-        order = range(len(sessions)) if len(times) % 2 == 0 else reversed(range(len(sessions)))
         row = [0.0] * len(sessions)
-        for index in order:
+        for turn in range(len(sessions)):
+            index = (turn + len(times)) % len(sessions)
             start = clock()
             sessions[index].run(None, feeds)  # type: ignore[arg-type]
             row[index] = clock() - start

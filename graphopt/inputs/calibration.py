@@ -150,6 +150,8 @@ class Calibration:
 
     def _array(self, given: Any, value: ir.Value, item: str) -> np.ndarray:
         where = f"{item}, input {value.name!r}"
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise DataError(f"the input is no tensor but {value.type}", where=where, help="graphopt feeds tensors only")
         array = as_array(given, where)
         if value.dtype is not None and array.dtype != value.dtype.numpy():
             array = self._cast(array, value, value.dtype.numpy(), where)
@@ -223,9 +225,15 @@ def as_array(given: Any, where: str = "input") -> np.ndarray:
         except (TypeError, ValueError) as error:
             raise DataError(f"not an array: {error}", where=where, help="give NumPy arrays or tensors") from error
     array = np.asarray(given)
+    if array.dtype.kind in "US" or (array.dtype == object and all(map(_is_text, array.flat))):
+        return array.astype(object)  # as onnxruntime takes strings
     if array.dtype == object:
         raise DataError(f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors")
     return array
+
+
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, (str, bytes))
 
 
 def _is_array(source: Any) -> bool:

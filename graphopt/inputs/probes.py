@@ -236,7 +236,8 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
-    if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
+    is_tensor = value.type is None or isinstance(value.type, ir.TensorType)
+    if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING or not is_tensor:
         raise DataError(
             f"inputs cannot be made up for input {value.name!r}: {value.type}, {value.shape}",
             help="pass example inputs",

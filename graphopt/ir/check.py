@@ -93,6 +93,7 @@ def declared_proto(model: ir.Model) -> onnx.ModelProto:
         value.const_value = None
         if not value.is_graph_input():
             graph.inputs.append(value)
+    graph.name = graph.name or "graph"  # which the checker wants and onnxruntime does not
     shell.ir_version = max(shell.ir_version, _WITHOUT_INITIALIZER_INPUTS)
     return ir.to_proto(shell)
 

@@ -11,11 +11,10 @@ import onnx_ir as ir
 import onnxscript.version_converter as version_converter
 
 from graphopt.errors import InvalidGraphError
+from graphopt.ir.opset_gaps import after_lifting, before_lifting, cannot_be_lifted
 
 CANONICAL_OPSET = 21
 """The opset of the canonical form: new enough for blocked and 4-bit quantization, old enough for every runtime."""
-_LAST_RESIZE_WITHOUT_MODES = 10
-"""Up to this opset, Upsample and Resize have one fixed rule for coordinates."""
 OLDEST_OPSET = 7
 """Older files broadcast by attribute; converters no longer read them reliably."""
 _OLDEST_CANONICAL = 18
@@ -49,14 +48,16 @@ def lift_opset(model: ir.Model, version: int = CANONICAL_OPSET) -> int:
         InvalidGraphError: the converters do not carry the model to opset 18, or change its interface on the way.
     """
     current = model.opset_imports.get("", 0)
+    reason = cannot_be_lifted(model, current)
     for goal in range(version, max(current, _OLDEST_CANONICAL - 1), -1):
-        if _convert(model, goal):
+        if reason is None and _convert(model, goal):
             return goal
     if 0 < current < _OLDEST_CANONICAL:
         operators = sorted({node.op_type for graph in model.graphs() for node in graph if node.domain == ""})
         raise InvalidGraphError(
-            f"the model of opset {current} cannot be lifted to opset {_OLDEST_CANONICAL} or above",
-            where=f"one of the operators {', '.join(operators)}",
+            f"the model of opset {current} cannot be lifted to opset {_OLDEST_CANONICAL} or above"
+            + (f": {reason}" if reason else ""),
+            where=None if reason else f"one of the operators {', '.join(operators)}",
             help="export the model again with opset 18 or above",
         )
     return current
@@ -64,7 +65,8 @@ def lift_opset(model: ir.Model, version: int = CANONICAL_OPSET) -> int:
 
 def _convert(model: ir.Model, goal: int) -> bool:
     """Try one conversion on a clone, so that a converter that fails half-way leaves the model as it was."""
-    trial = model.clone()
+    trial, opset = model.clone(), model.opset_imports.get("", goal)
+    before_lifting(trial, opset)
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -77,8 +79,7 @@ def _convert(model: ir.Model, goal: int) -> bool:
         logger.setLevel(level)
     if trial.opset_imports.get("") != goal or not _same_interface(model, trial):
         return False
-    if 0 < model.opset_imports.get("", 0) <= _LAST_RESIZE_WITHOUT_MODES:
-        _write_resize_modes(trial)
+    after_lifting(trial, opset)
     _adopt(model, trial)
     return True
 
@@ -106,24 +107,6 @@ def _may_be_equal(old: ir.Value, new: ir.Value) -> bool:
     return len(old.shape) == len(new.shape) and all(
         a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in zip(old.shape, new.shape, strict=True)
     )
-
-
-def _write_resize_modes(model: ir.Model) -> None:
-    """State what Upsample and Resize meant before opset 11, which the converter leaves to the new defaults.
-
-    Coordinates were divided by the scale (asymmetric); the nearest sample was the one before when enlarging, and
-    the one behind when shrinking.
-    """
-    for graph in model.graphs():
-        for node in graph:
-            if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
-                continue
-            scales = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
-            shrinks = scales is not None and bool((scales.numpy() < 1).any())
-            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
-                "coordinate_transformation_mode", "asymmetric"
-            )
-            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "ceil" if shrinks else "floor")
 
 
 def _adopt(model: ir.Model, other: ir.Model) -> None:

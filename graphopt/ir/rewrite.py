@@ -306,7 +306,7 @@ class Rewriter:
             self.supersede(old, new)
             return True
         old.replace_all_uses_with(new)
-        if new.shape is None:
+        if new.shape is None and not new.is_graph_input():
             new.shape = old.shape
         if producer is not None:
             discard_if_dead(producer)

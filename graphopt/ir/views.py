@@ -110,13 +110,16 @@ def _follow(base: ir.Value, steps: Iterable[tuple[ir.Value, ir.Value]]) -> View 
             scale *= _factor(node, data)
             continue
         axis, index = entry[0] % len(axes), entry[1]
-        if part is not None or len(axes[axis]) != 1:
+        taken = axes[axis]
+        if part is not None or len(taken) != 1 or not _has_entry(taken[0], index):
             return None
-        part = Part(axes[axis][0], index)
-        if not isinstance(part.atom.size, int) or index >= part.atom.size:
-            return None
+        part = Part(taken[0], index)
         axes = (*axes[:axis], *(() if node.op_type == "Gather" else ((),)), *axes[axis + 1 :])
     return None if axes is None else View(base, axes, scale, frozenset(nodes), part)
+
+
+def _has_entry(atom: Atom, index: int) -> bool:
+    return isinstance(atom.size, int) and index < atom.size
 
 
 def start(value: ir.Value) -> Axes | None:
@@ -170,25 +173,21 @@ def _viewed(value: ir.Value) -> ir.Value | None:
 def _entry_taken(value: ir.Value) -> tuple[int, int] | None:
     """Axis and index where `value` is one entry of an axis of its producer's data, else None."""
     node = value.producer()
-    if is_op(node, "Gather"):
-        assert node is not None
-        index, axis = constant(node.inputs[1]), node.attributes.get("axis")
-        known = index is not None and index.ndim == 0 and int(index) >= 0
-        return (0 if axis is None else axis.as_int(), int(index)) if known else None
-    if is_op(node, "Split"):
-        assert node is not None
-        sizes, axis = integer_operand(node, 1), node.attributes.get("axis")
-        entry = value.index() if sizes is not None and set(sizes) == {1} else None
-        return None if entry is None else (0 if axis is None else axis.as_int(), entry)
-    if is_op(node, "Slice"):
-        assert node is not None
-        starts, ends, axes, steps = (integer_operand(node, index) for index in range(1, 5))
-        if starts is None or ends is None or len(starts) != 1 or steps not in (None, [1]):
-            return None
-        if starts[0] < 0 or ends[0] != starts[0] + 1 or (axes is None and len(node.inputs) > 3):
-            return None
-        return (0 if axes is None else axes[0]), starts[0]
-    return None
+    if node is None or not is_op(node, "Gather", "Split", "Slice"):
+        return None
+    attribute = node.attributes.get("axis")
+    axes: Sequence[int] | None = [0 if attribute is None else attribute.as_int()]
+    index: int | None = None
+    if node.op_type == "Gather":
+        array = constant(node.inputs[1])
+        index = int(array) if array is not None and array.ndim == 0 else None
+    elif node.op_type == "Split":
+        index = value.index() if set(integer_operand(node, 1) or ()) == {1} else None
+    else:
+        starts, ends, axes, steps = (integer_operand(node, operand) for operand in range(1, 5))
+        if starts and ends and len(starts) == 1 and ends[0] == starts[0] + 1 and steps in (None, [1]):
+            index = starts[0]
+    return (axes[0], index) if axes and index is not None and index >= 0 else None
 
 
 def _factor(node: ir.Node, data: ir.Value) -> float:

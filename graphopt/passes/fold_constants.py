@@ -68,10 +68,11 @@ class FoldConstants(Pass):
             output_size_limit=sys.maxsize,
             should_fold=lambda node: _reason_to_keep(node, self.growth) is None,
         )
-        declared = [(value.type, value.shape) for value in model.graph.outputs]
+        declared = [(value.type, value.shape) for value in (*model.graph.inputs, *model.graph.outputs)]
         with _silenced(_LOG):
             folder(model)
-        for value, (type_, shape) in zip(model.graph.outputs, declared, strict=True):
+        interface = (*model.graph.inputs, *model.graph.outputs)
+        for value, (type_, shape) in zip(interface, declared, strict=True):
             value.type, value.shape = type_, shape  # the folder infers shapes, but the interface is the user's
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for graph in model.graphs():

@@ -13,14 +13,13 @@ from graphopt.ir.dimensions import dimensions
 from graphopt.ir.match import discard, require_closed, scalar
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op, rank, sole_consumer
-from graphopt.ir.views import REPEATED, Atom, Axes, Part, View, apply, atoms, elements, start, views
+from graphopt.ir.views import Atom, Part
 from graphopt.passes.attention_mask import Mask, MaskBuilder, read_mask
+from graphopt.passes.attention_operands import Operand, joined, read_operand, reshape_target, with_sizes
 from graphopt.passes.contract import Context, Pass, Semantics
 
 _OPSET = 23
 _WHAT = "fuse attention"
-_MOST_SIZE_NODES = 32
-"""More nodes than this never compute the sizes of one Reshape."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class FuseAttention(Pass):
     values that Expand repeats for grouped queries are read before they are repeated::
 
         3-D   all three are split from [B, S, H D] and the result is joined to it: Attention(q, k, v)
+              from one packed projection [B, S, 3 H D]:  Attention(Split(qkv)); joined to [B S, H D]:  a Reshape behind
         4-D   otherwise (rotary embeddings, caches):  Attention over [B, H, S, D], transposes stay
 
     (Vaswani et al. 2017; Ainslie et al. 2023 for grouped queries; operator Attention-23.) The model is lifted to
@@ -51,6 +51,9 @@ class FuseAttention(Pass):
         short, mask                   16     12         1.00  1.00   1.67   -
         long                        1024      6         1.00  1.01   1.05   -
         grouped rows, no repeat      128     16         1.10    -      -    -     (rows of one group in one product)
+        packed, with its projection  197      6            -  1.01   1.05   -
+        packed, short, batch 4        16     12            -  1.02   1.06   -
+        packed, batch 4              197      3            -  1.04   1.08   -
 
     Declined: float16 on CPU (0.78), other targets (not measured), axes without a known size or symbol between the
     projections and the products, and whatever cannot be consumed whole.
@@ -118,35 +121,12 @@ class FuseAttention(Pass):
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """q, k or v: the value to read, and its heads.
-
-    Attributes:
-        base: the value that the operator reads; [B, S, H D] when flat, else [B, H, S, D].
-        flat: whether `base` is the 3-D form.
-        permutation: Transpose that makes `base` [B, H, S, D]; None where it is in order already.
-        heads: number of heads in `base`.
-        scale: constant factor between `base` and the operand.
-        nodes: the nodes between.
-        part: which of how many equal blocks of the last axis of `base` it is, for packed projections.
-    """
-
-    base: ir.Value
-    flat: bool
-    permutation: tuple[int, ...] | None
-    heads: int
-    scale: float
-    nodes: frozenset[ir.Node]
-    part: Part | None = None
-
-
-@dataclass(frozen=True)
 class _Attention:
     """A whole attention: operands, mask, the product with the values, the value to replace, the nodes consumed."""
 
-    query: _Operand
-    key: _Operand
-    value: _Operand
+    query: Operand
+    key: Operand
+    value: Operand
     scale: float
     mask: Mask | None
     heads: ir.Value
@@ -200,16 +180,16 @@ def _match(node: ir.Node) -> _Attention | None:
     if len(outer) != 1 or None in outer:
         raise DeclinedError("queries, keys and values differ in batch or heads, or their shapes are not known")
     core = scores.nodes | guard | {node, output}
-    result, joins = _joined(output.outputs[0])
+    result, joins = joined(output.outputs[0])
     for flat in (True, False):
-        operands = [_operand(value, flat, last) for value, last in ((q, 3), (k, 2), (v, 3))]
+        operands = [read_operand(value, flat, last) for value, last in ((q, 3), (k, 2), (v, 3))]
         end, tail = (result, joins) if flat else (output.outputs[0], frozenset[ir.Node]())
         if end is None or any(operand is None for operand in operands):
             continue
         query, key, value = (operand for operand in operands if operand is not None)
         if key.heads != value.heads or query.heads % key.heads or value.scale != 1.0:
             continue
-        nodes = _with_sizes(core | tail, end)
+        nodes = with_sizes(core | tail, end)
         if flat and not _is_closed(nodes, end):
             continue
         require_closed(nodes, end)
@@ -274,129 +254,6 @@ def _scores(value: ir.Value, *, guarded: bool) -> _Scores | None:
     return None
 
 
-def _operand(value: ir.Value, flat: bool, width_axis: int) -> _Operand | None:
-    """Where the operator can read q, k or v from, in the wanted form; None where it cannot.
-
-    Args:
-        value: the operand of the product, [B, H, S, D], or [B, H, D, S] for transposed keys.
-        flat: whether the 3-D form is wanted.
-        width_axis: axis of `value` that is the width of a head: 3, or 2 for transposed keys.
-    """
-    permuted: _Operand | None = None
-    for view in views(value):
-        if len(view.axes) != 4 or rank(view.base) != (3 if flat else 4) or (view.part and not flat):
-            continue
-        batch, head, token, width = (view.axes[axis] for axis in (0, 1, 5 - width_axis, width_axis))
-        own = [atom for atom in head if atom.origin[0] != REPEATED]
-        block = () if view.part is None else (view.part.atom,)  # outermost: entries are blocks of the last axis
-        wanted: Axes = (batch, token, (*block, *own, *width)) if flat else (batch, tuple(own), token, width)
-        heads = elements(own)
-        if not isinstance(heads, int) or tuple(own) != head[: len(own)]:
-            continue
-        permutation = _permutation(view, wanted)
-        if permutation == tuple(range(len(wanted))):
-            return _Operand(view.base, flat, None, heads, view.scale, view.nodes, view.part)
-        if permutation is not None and permuted is None:
-            permuted = _Operand(view.base, flat, permutation, heads, view.scale, view.nodes)
-    return None if flat else permuted
-
-
-def _permutation(view: View, wanted: Axes) -> tuple[int, ...] | None:
-    """The axis of the base that each wanted axis is, None where one is not a whole axis of the base."""
-    base = start(view.base)
-    assert base is not None
-    own_axis = [group[0].origin[0] if group else None for group in wanted]
-    free = iter(axis for axis in range(len(base)) if axis not in own_axis)
-    permutation = tuple(next(free, -1) if axis is None else axis for axis in own_axis)
-    for axis, group in zip(permutation, wanted, strict=True):
-        if axis < 0 or any(atom.origin[0] != axis for atom in group) or list(group) != sorted(group, key=_origin):
-            return None
-        if elements(group) != elements(base[axis]):
-            return None
-    return permutation if len(set(permutation)) == len(permutation) else None
-
-
-def _origin(atom: Atom) -> tuple[int, ...]:
-    return atom.origin
-
-
-def _joined(output: ir.Value) -> tuple[ir.Value | None, frozenset[ir.Node]]:
-    """Where the heads of `output` are put side by side again, and the nodes between.
-
-    That is the value [B, S, H D], else the last one on the way that has the elements in this order and whose shape a
-    Reshape can be told; None where there is neither.
-    """
-    axes, value, nodes = start(output), output, frozenset[ir.Node]()
-    wanted = None if axes is None else _join(axes)
-    found: tuple[ir.Value | None, frozenset[ir.Node]] = (None, nodes)
-    while axes is not None and wanted is not None:
-        consumer = _sole_reader(value)
-        if consumer is None or not is_op(consumer, "Transpose", "Reshape", "Squeeze", "Unsqueeze"):
-            break
-        axes = apply(consumer, axes)
-        value, nodes = consumer.outputs[0], nodes | {consumer}
-        if axes is not None and _origins(axes) == _origins(wanted):
-            return value, nodes
-        if axes is not None and atoms(*axes) == atoms(*wanted) and _target(output, value) is not None:
-            found = value, nodes
-    return found
-
-
-def _sole_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads the elements of `value`, in the same graph; those that read its shape do not count."""
-    readers = [use.node for use in value.uses() if not is_op(use.node, "Shape")]
-    producer = value.producer()
-    if len(readers) != 1 or value.is_graph_output() or producer is None or readers[0].graph is not producer.graph:
-        return None
-    return readers[0]
-
-
-def _target(output: ir.Value, result: ir.Value) -> list[int] | None:
-    """What a Reshape of [B, S, H D] to the shape of `result` must be told, None where it cannot be constant."""
-    heads, shape = dimensions(output), dimensions(result)
-    if heads is None or shape is None or 0 in shape:
-        return None
-    batch_and_tokens = (heads[0], heads[2])
-    target = [
-        size if isinstance(size, int) else 0 if batch_and_tokens[axis : axis + 1] == (size,) else -1
-        for axis, size in enumerate(shape)
-    ]
-    return target if target.count(-1) <= 1 else None
-
-
-def _with_sizes(nodes: frozenset[ir.Node], end: ir.Value) -> frozenset[ir.Node]:
-    """`nodes`, and what computes sizes out of the shapes of their inner values.
-
-    torchscript reads the batch size of the result off an inner value to write the Reshape that joins the heads. Where
-    such a size is wanted elsewhere, too, the caller's check finds a reader outside.
-    """
-    found = set(nodes)
-    waiting = [
-        use.node
-        for node in nodes
-        for value in node.outputs
-        if value is not end
-        for use in value.uses()
-        if is_op(use.node, "Shape")
-    ]
-    while waiting and len(found) < len(nodes) + _MOST_SIZE_NODES:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [use.node for value in node.outputs for use in value.uses()]
-    return frozenset(found)
-
-
-def _join(axes: Axes | None) -> Axes:
-    assert axes is not None
-    batch, head, token, width = axes
-    return batch, token, (*head, *width)
-
-
-def _origins(axes: Axes) -> list[list[tuple[int, ...]]]:
-    return [[atom.origin for atom in axis] for axis in axes]
-
-
 # Emission ---------------------------------------------------------------------------------------------------------
 
 
@@ -429,8 +286,9 @@ def _emit(rewriter: Rewriter, found: _Attention, masks: MaskBuilder) -> None:
     node = rewriter.insert(after, "Attention", inputs, attributes=attributes, like=found.result, suffix="attention")
     result = node.outputs[0]
     if found.query.flat and rank(found.result) != 3:
-        target = _target(found.heads, found.result)
-        assert target is not None and isinstance(after.graph, ir.Graph)
+        target = reshape_target(found.heads, found.result)
+        assert target is not None
+        assert isinstance(after.graph, ir.Graph)
         shape = rewriter.initializer(after.graph, f"{found.result.name}_shape", ir.Tensor(np.array(target, np.int64)))
         result = rewriter.insert(node, "Reshape", [result, shape], like=found.result, suffix="joined").outputs[0]
     rewriter.supersede(found.result, result)
@@ -440,14 +298,16 @@ def _emit(rewriter: Rewriter, found: _Attention, masks: MaskBuilder) -> None:
 def _split(rewriter: Rewriter, after: ir.Node, packed: ir.Value, part: Part) -> Sequence[ir.Value]:
     """Equal blocks of the last axis of [B, S, n H D]."""
     shape = dimensions(packed)
-    assert shape is not None and isinstance(part.atom.size, int) and isinstance(shape[2], int)
-    count = part.atom.size
     assert isinstance(after.graph, ir.Graph)
-    sizes = np.full(count, shape[2] // count, dtype=np.int64)
+    assert shape is not None
+    count, width = part.atom.size, shape[2]
+    assert isinstance(count, int)
+    assert isinstance(width, int)
+    sizes = np.full(count, width // count, dtype=np.int64)
     split = rewriter.initializer(after.graph, f"{packed.name}_sizes", ir.Tensor(sizes))
     node = rewriter.insert(
         after, "Split", [packed, split], like=packed, suffix="part", attributes={"axis": 2}, outputs=count
     )
     for block in node.outputs:
-        block.shape = ir.Shape((*shape[:2], shape[2] // count))
+        block.shape = ir.Shape((*shape[:2], width // count))
     return node.outputs

@@ -37,7 +37,8 @@ class Quantize(Pass):
     (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference"). Every operator between the linear ones runs on integers too; Relu and Clip are left to the
     saturation of the quantizer. Dynamic, for the linear layers of transformers: the input's range is taken at
-    run time, products of two activations and softmax stay float.
+    run time, products of two activations and softmax stay float. Embedding tables are stored as int8 with one
+    scale a column; their rows are picked first and dequantized behind.
 
     Options:
         ranges: "minmax", "percentile" or "entropy": how observed values become a range.
@@ -172,6 +173,9 @@ class Quantize(Pass):
         scale_of = {tensor.name: tensor.scale[0] for tensor in activations}
         scales: dict[tuple[str, int], np.ndarray] = {}
         for node, form in placement.forms.items():
+            table = node.inputs[0]
+            if form == "table" and table is not None:
+                scales[table.name or "", 1] = symmetric_scales(_stored(table), 1, self.bits)
             linear = linear_at(node) if form in ("static", "dynamic") else None
             weight = constant(node.inputs[1]) if linear is not None else None
             if linear is None or weight is None or linear.weight_index != 1:
@@ -192,6 +196,12 @@ class Quantize(Pass):
             TensorPlan(name, "weight", self.bits, True, axis, tuple(map(float, found)), (0,) * found.size, "weights")
             for (name, axis), found in scales.items()
         ]
+
+
+def _stored(value: ir.Value) -> np.ndarray:
+    array = constant(value)
+    assert array is not None
+    return array
 
 
 def _origin(value: ir.Value) -> ir.Value:

@@ -63,9 +63,14 @@ class _Writer:
                     f"the quantization plan was made for another model: it takes {node_name(node)!r} for "
                     f"{operator.op_type}, which is {node.op_type}"
                 )
-            {"static": self._static, "integer": self._integer, "folded": self._folded, "dynamic": self._dynamic}[
-                operator.form
-            ](node)
+            write = {
+                "static": self._static,
+                "integer": self._integer,
+                "folded": self._folded,
+                "dynamic": self._dynamic,
+                "table": self._table,
+            }
+            write[operator.form](node)
         for dequantized in set(self.integers):
             producer = dequantized.producer()
             if producer is not None and is_op(producer, "DequantizeLinear"):
@@ -216,6 +221,22 @@ class _Writer:
         quantize.name = names[0]
         self.model.graph.insert_before(node, quantize)
         return values[0], values[1], values[2]
+
+    def _table(self, node: ir.Node) -> None:
+        """Rows of an embedding: picked as integers, dequantized behind."""
+        table, result = node.inputs[0], node.outputs[0]
+        assert table is not None
+        planned = self._weight_plan(table, 1)
+        integers = self._parameter(table, "quantized", planned.quantize(_array(table)), 1)
+        scale = self._parameter(table, "scale", np.asarray(planned.scale, np.float32), 1)
+        zero = self._parameter(table, "zero_point", np.zeros(len(planned.scale), np.int8), 1)
+        rows = self._before(node, "Gather", [integers, node.inputs[1]], result, ir.DataType.INT8, {"axis": 0})
+        rows.shape = result.shape
+        dequantized = self._before(
+            node, "DequantizeLinear", [rows, scale, zero], result, ir.DataType.FLOAT, {"axis": -1}
+        )
+        self.rewriter.supersede(result, dequantized)
+        discard_if_unread(table)
 
     # Values.
 

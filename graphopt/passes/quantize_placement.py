@@ -54,12 +54,16 @@ _QUANTIZED = {
 }  # fmt: skip
 
 
+_SMALLEST_TABLE = 4096
+"""Elements from which a constant matrix whose rows are picked counts as an embedding table."""
+
+
 @dataclass
 class Placement:
     """The chosen form of each operator of the main graph.
 
     Attributes:
-        forms: node to "static", "integer", "folded" or "dynamic"; what is absent stays float.
+        forms: node to "static", "integer", "folded", "dynamic" or "table"; what is absent stays float.
         operators: the same for the plan, with the reasons of what was declined, in graph order.
         quantized: float values that get a quantizer of their own, in graph order.
         constants: constant operands of KERNEL nodes.
@@ -129,6 +133,7 @@ class _Placer:
         self.declined: dict[ir.Node, str] = {}
         self.static: set[ir.Node] = set()
         self.dynamic: set[ir.Node] = set()
+        self.tables: set[ir.Node] = set()
 
     def run(self) -> Placement:
         for node in self.nodes:
@@ -137,6 +142,7 @@ class _Placer:
             self._grow()
             self._trim()
         self._choose_dynamic()
+        self._choose_tables()
         return self._placement()
 
     def _classify(self, node: ir.Node) -> None:
@@ -243,6 +249,17 @@ class _Placer:
             elif self.form in ("auto", "dynamic"):
                 self.dynamic.add(node)
 
+    def _choose_tables(self) -> None:
+        """Embedding tables: rows are picked as integers and dequantized behind; smaller, and as fast."""
+        for node in self.nodes:
+            if not is_table_lookup(node):
+                continue
+            reason = self._excluded(node) or _table(node)
+            if reason is None:
+                self.tables.add(node)
+            else:
+                self.declined[node] = reason
+
     def _placement(self) -> Placement:
         placement = Placement()
         quantized: dict[ir.Value, None] = {}
@@ -268,6 +285,8 @@ class _Placer:
     def _form(self, node: ir.Node) -> str | None:
         if node in self.dynamic:
             return "dynamic"
+        if node in self.tables:
+            return "table"
         if node not in self.static:
             return None
         if self._folds(node):
@@ -299,6 +318,12 @@ def role_of(node: ir.Node) -> Role | None:
         if node.op_type in operators:
             return role
     return None
+
+
+def is_table_lookup(node: ir.Node) -> bool:
+    """Whether a Gather picks rows of a constant float matrix: an embedding."""
+    table = constant(node.inputs[0]) if is_op(node, "Gather") and attribute(node, "axis", 0) == 0 else None
+    return table is not None and table.ndim == 2 and table.dtype == np.float32 and table.size >= _SMALLEST_TABLE
 
 
 def is_depthwise(node: ir.Node) -> bool:
@@ -337,6 +362,16 @@ def _linear(node: ir.Node) -> str | None:
     if not np.isfinite(weight).all() or not np.isfinite(linear.bias()).all():
         return "its weight or bias holds NaN or infinity"
     return None
+
+
+def _table(node: ir.Node) -> str | None:
+    value = node.inputs[0]
+    assert value is not None
+    others = [use.node for use in value.uses() if not is_table_lookup(use.node)]
+    if others or value.is_graph_output():
+        return f"its table is read by {others[0].op_type if others else 'a graph output'} in float too"
+    table = constant(value)
+    return None if table is not None and np.isfinite(table).all() else "its table holds NaN or infinity"
 
 
 def _max_pool(node: ir.Node) -> str | None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.ir.views import REPEATED, views
+from graphopt.ir.canonical import canonicalize
+from graphopt.ir.views import REPEATED, View, views
 
 
 def _farthest(body: str, inputs: str, constants: str) -> list[list[tuple[int, ...]]]:
@@ -86,3 +87,56 @@ def test_atoms_are_where_numpy_puts_the_elements(first: list[int], second: list[
     rebuilt = np.arange(math.prod(shape)).reshape([atom.size for atom in order])
     rebuilt = rebuilt.transpose([order.index(atom) for atom in flat]).reshape(array.shape)
     assert np.array_equal(rebuilt, array)
+
+
+def _symbolic(body: str, inputs: str, constants: str) -> list[View]:
+    """Views of y, the farthest first, in a canonical model (its dimensions have names)."""
+    model = canonicalize(
+        ir.from_onnx_text(
+            f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => (float[?] out) <{constants}> '
+            f"{{ {body} out = Relu(y) }}"
+        )
+    )
+    (last,) = [node for node in model.graph if node.op_type == "Relu"]
+    value = last.inputs[0]
+    assert value is not None
+    return list(views(value))
+
+
+def test_symbolic_axes_are_joined_and_cut_again() -> None:
+    view = _symbolic(
+        "s = Shape(x) b = Reshape(x, flat) c = Reshape(b, s) y = Transpose<perm=[0,2,1,3]>(c)",
+        "float[B,S,3,4] x",
+        "int64[2] flat = {-1, 12}",
+    )[0]
+    assert view.base.name == "x"
+    assert len(view.nodes) == 3
+    assert [[atom.size for atom in axis] for axis in view.axes] == [["B"], [3], ["S"], [4]]
+
+
+def test_a_cut_through_a_symbol_is_unknown() -> None:
+    found = _symbolic(
+        "a = Transpose<perm=[0,2,1,3]>(x) y = Reshape(a, flat)", "float[B,S,3,4] x", "int64[2] flat = {-1, 12}"
+    )
+    assert [view.base.name for view in found] == ["y"]  # three heads of S tokens are no B * S rows of 12
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        "i = Constant<value = int64 {1}>() y = Gather<axis=0>(b, i)",
+        "p, q, r = Split<axis=0>(b, ones) y = Squeeze(q, zero)",
+        "q = Slice(b, one, two, zero) y = Squeeze(q, zero)",
+    ],
+)
+def test_an_entry_of_a_packed_axis_is_noted(take: str) -> None:
+    view = _symbolic(
+        f"a = Reshape(x, s) b = Transpose<perm=[2,0,3,1,4]>(a) {take}",
+        "float[B,S,24] x",
+        "int64[5] s = {0,0,3,4,2}, int64[3] ones = {1,1,1}, "
+        "int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}",
+    )[0]
+    assert view.base.name == "x"
+    assert view.part is not None
+    assert (view.part.index, view.part.atom.origin, view.part.atom.size) == (1, (2, 0), 3)
+    assert [[atom.origin for atom in axis] for axis in view.axes] == [[(0,)], [(2, 1, 0)], [(1,)], [(2, 1, 1)]]

@@ -528,3 +528,37 @@ def test_what_only_static_kernels_need_is_not_rewritten_for_the_dynamic_form() -
     model = canonical_constants(HARD)
     result = quantized(model, Quantize(form="dynamic"))
     assert [node.op_type for node in result.graph] == [node.op_type for node in model.graph]
+
+
+def test_embedding_tables_are_stored_as_integers() -> None:
+    generator = np.random.default_rng(0)
+    table = generator.standard_normal((128, 64)).astype(np.float32) * generator.random(64).astype(np.float32)
+    model = ir.from_onnx_text(f"{HEAD} g (int64[n,s] ids, float[128,64] w_table) => (float[n,s,64] y)"
+                              "{ rows = Gather (w_table, ids) y = Relu (rows) }")  # fmt: skip
+    weight = model.graph.inputs.pop(1)
+    weight.const_value = ir.tensor(table, name="w_table")
+    model.graph.register_initializer(weight)
+    ids = generator.integers(0, 128, (2, 5))
+    before = open_session(model, optimized=False).run_feeds({"ids": ids})[0]
+    plan = Quantize().plan(model, Context())
+    assert [operator.form for operator in plan.operators] == ["table"]
+    Quantize().apply(model, QuantizePlan.from_json(plan.to_json()))
+    assert [node.op_type for node in model.graph] == ["Gather", "DequantizeLinear", "Relu"]
+    assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) < table.nbytes / 3
+    after = open_session(model).run_feeds({"ids": ids})[0]
+    step = np.abs(table).max(axis=0) / 127
+    assert np.all(np.abs(after - before) <= step / 2 * 1.001)
+
+
+def test_a_table_that_is_read_in_float_too_is_declined() -> None:
+    model = ir.from_onnx_text(f"{HEAD} g (int64[n] ids, float[n,64] x, float[128,64] w_table) => (float[n,64] y)"
+                              "{ rows = Gather (w_table, ids) first = Relu (w_table) t = Gather (first, ids)"
+                              " s = Add (rows, t) y = Add (s, x) }")  # fmt: skip
+    weight = model.graph.inputs.pop(2)
+    weight.const_value = ir.tensor(np.ones((128, 64), np.float32), name="w_table")
+    model.graph.register_initializer(weight)
+    context = Context()
+    Quantize()(model)
+    plan = Quantize().plan(model, context)
+    assert not [operator for operator in plan.operators if operator.form == "table"]
+    assert any("read by Relu in float too" in remark.why for remark in context.remarks)
