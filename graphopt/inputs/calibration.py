@@ -89,7 +89,7 @@ class Calibration:
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
         samples = items = 0
         for index, item in enumerate(self._items()):
-            feeds = self._fit(item, f"calibration item {index}")
+            feeds = self.fit(item, f"calibration item {index}")
             samples += _rows(feeds)
             items += 1
             yield feeds
@@ -120,7 +120,7 @@ class Calibration:
                 return
             yield item
 
-    def _fit(self, item: Any, where: str) -> dict[str, np.ndarray]:
+    def fit(self, item: Any, where: str) -> dict[str, np.ndarray]:
         """One item as feeds, every array checked against its input."""
         names = [value.name or "" for value in self._inputs]
         named: Mapping[str, Any]
@@ -207,7 +207,7 @@ def fit_feeds(model: ir.Model, item: Any, where: str = "example inputs") -> dict
         >>> fit_feeds(model, np.zeros((3, 2), np.float32))["x"].shape
         (3, 2)
     """
-    return Calibration(model, ())._fit(item, where)
+    return Calibration(model, ()).fit(item, where)
 
 
 def as_array(given: Any, where: str = "input") -> np.ndarray:

@@ -1,7 +1,7 @@
 """The light models of the `onnx` wheel (2015 to 2018, opset 9, initializers as inputs) against their own reference outputs.
 
 Their weights are constants made by ConstantOfShape, so that a file of a few kilobytes stands for a whole network.
-The larger ones (VGG, AlexNet, DenseNet ...) run with the slow tests.
+The larger ones run with the slow tests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from graphopt.passes import Context
 from graphopt.recipe import preset
 
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
-QUICK = ("shufflenet", "squeezenet")
-SLOW = ("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50", "vgg19", "zfnet512")
+QUICK = ("inception_v1", "inception_v2", "resnet50", "shufflenet", "squeezenet")
+SLOW = ("bvlc_alexnet", "densenet121", "vgg19", "zfnet512")
 
 
 def feeds_of(path: Path) -> dict[str, np.ndarray]:
