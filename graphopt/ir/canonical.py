@@ -48,6 +48,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
         ['Shape', 'Reshape', 'Relu']
     """
     sort_nodes(model)
+    _name_standard_domain(model)
     _inline_functions(model)
     _lift_constants(model)
     _clean(model, common.LiftSubgraphInitializersToMainGraphPass(), common.RemoveInitializersFromInputsPass())
@@ -67,6 +68,13 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     _name_nodes(model)
     _note_broken_weights(model)
     return model
+
+
+def _name_standard_domain(model: ir.Model) -> None:
+    """The standard domain has two names, "" and "ai.onnx"; from here on it is ""."""
+    for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        if "ai.onnx" in imports:
+            imports.setdefault("", imports.pop("ai.onnx"))
 
 
 def _inline_functions(model: ir.Model) -> None:

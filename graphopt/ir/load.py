@@ -68,10 +68,10 @@ def read(source: Source) -> ir.Model:
     if path.is_dir():
         raise LoadError("this is a directory, not an ONNX file", where=str(path), help="name the .onnx file in it")
     try:
-        data = path.read_bytes()
+        proto = _parse(path.read_bytes(), str(path))
     except OSError as error:
         raise LoadError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
-    return _from_proto(_parse(data, str(path)), str(path), path.parent)
+    return _from_proto(proto, str(path), path.parent)
 
 
 def _parse(data: bytes, where: str) -> onnx.ModelProto:

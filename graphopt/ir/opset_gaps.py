@@ -67,12 +67,13 @@ def _flatten_around_hardmax(model: ir.Model) -> None:
 
 
 def _write_resize_modes(model: ir.Model) -> None:
-    """Coordinates were divided by the scale; the nearest sample was the one before when enlarging, else the one behind."""
+    """Coordinates were divided by the scale, and rounded down to the nearest sample; up where the image shrinks."""
     for graph in model.graphs():
         for node in graph:
             if not is_standard(node, "Resize"):
                 continue
-            scales = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+            factors = node.inputs[2] if len(node.inputs) > 2 else None
+            scales = None if factors is None else ir.convenience.get_const_tensor(factors)
             shrinks = scales is not None and bool((scales.numpy() < 1).any())
             for name, mode in (
                 ("coordinate_transformation_mode", "asymmetric"),

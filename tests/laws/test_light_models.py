@@ -1,4 +1,4 @@
-"""The light models of the `onnx` wheel (2015 to 2018, opset 9, initializers as inputs) against their own reference outputs.
+"""The light models of the `onnx` wheel (opset 9, initializers as inputs) against their own reference outputs.
 
 Their weights are constants made by ConstantOfShape, so that a file of a few kilobytes stands for a whole network.
 The larger ones run with the slow tests.

@@ -65,9 +65,9 @@ def test_cases_of_the_onnx_wheel_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             judge(name, model, data, tally)
         except Exception as error:  # a crash of one case must not hide the others
             tally.wrong.append(f"{name}: {type(error).__name__}: {error}")
-    print(f"\n{tally.agreed} agreed, {tally.skipped.total()} skipped")
+    print(f"\n{tally.agreed} agreed, {tally.skipped.total()} skipped")  # noqa: T201  (for `pytest -s`)
     for reason, count in tally.skipped.most_common():
-        print(f"  {count:4} {reason}")
+        print(f"  {count:4} {reason}")  # noqa: T201
     assert not tally.wrong, "\n".join(tally.wrong)
     assert tally.agreed >= AGREED
 
