@@ -16,6 +16,7 @@ from graphopt.inputs.calibration import fit_feeds
 from graphopt.inputs.probes import symbolic_sizes
 from graphopt.ir.cost import OperatorCost, cost
 from graphopt.ir.load import Source, load
+from graphopt.ir.ops.row import tensor_bytes
 from graphopt.ir.propagate import dimension_name, symbolic_dimensions
 
 _LARGEST = 10
@@ -118,7 +119,7 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
     total = cost(model, sizes)
     weights = sorted(
         (
-            (name, _type(value), value.const_value.nbytes)
+            (name, _type(value), tensor_bytes(value.const_value))
             for name, value in model.graph.initializers.items()
             if value.const_value is not None
         ),

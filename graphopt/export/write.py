@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.errors import WriteError
+from graphopt.ir.ops.row import tensor_bytes
 
 _LARGEST_PROTO = 2**31 - 2**20
 """Bytes that one protobuf file can hold, with a margin for the nodes."""
@@ -79,7 +80,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, subgraphs included; sub-byte types are packed."""
     return sum(
-        value.const_value.nbytes
+        tensor_bytes(value.const_value)
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is not None

@@ -28,6 +28,7 @@ def check_structure(model: ir.Model) -> None:
     what type inference rejects is put to onnxruntime, and only what both reject is an error.
     """
     _check_names(model)
+    _check_pads(model)
     try:
         proto = declared_proto(model)
     except Exception as error:  # onnx_ir raises many types on what it can hold but not write
@@ -112,6 +113,36 @@ def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
     return result
+
+
+_LARGEST_PAD = 2**30
+"""Elements of padding beyond which onnx's own shape inference aborts the process instead of raising."""
+
+
+def _check_pads(model: ir.Model) -> None:
+    """Refuse Pad amounts that nobody means: onnx's C++ inference ends the process on some of them."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Pad":
+            continue
+        worst = max(_pad_amounts(node), key=abs, default=0)
+        if abs(worst) > _LARGEST_PAD:
+            raise InvalidGraphError(
+                f"Pad asks for {worst} elements on one side",
+                where=node.name or node.op_type,
+                help="the file is damaged; export the model again",
+            )
+
+
+def _pad_amounts(node: ir.Node) -> list[int]:
+    """The constant amounts of a Pad: an attribute before opset 11, an operand since."""
+    attribute = node.attributes.get("pads")
+    if attribute is not None:
+        return list(attribute.as_ints())
+    amounts = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = None if amounts is None else ir.convenience.get_const_tensor(amounts)
+    if tensor is None or tensor.dtype != ir.DataType.INT64 or tensor.size > _LARGE:
+        return []
+    return [int(amount) for amount in tensor.numpy().reshape(-1)]
 
 
 def _check_names(model: ir.Model) -> None:

@@ -91,10 +91,15 @@ def open_session(
     try:
         session = Session(proto, options, providers=providers(target))
     except Exception as error:
+        reason = _first_line(error)
+        custom = "not a registered function/op" in reason
         raise InvalidGraphError(
-            f"onnxruntime {onnxruntime.__version__} cannot load the model: {_first_line(error)}",
+            f"onnxruntime {onnxruntime.__version__} cannot load the model: {reason}",
             where=model.graph.name,
-            help="check the model with `graphopt inspect`, or export it again with a newer exporter",
+            help="this operator is not in onnxruntime: `graphopt inspect` and `diff` work on the model, but nothing "
+            "can be run or proved"
+            if custom
+            else "check the model with `graphopt inspect`, or export it again with a newer exporter",
         ) from error
     session.weights = weights
     return session

@@ -241,3 +241,13 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
         load(tmp_path / "none.onnx")
     assert caught.value.where == str(tmp_path / "none.onnx")
     assert caught.value.help
+
+
+@pytest.mark.parametrize("amount", [2**31 - 1, -(2**31), 2**62])
+def test_absurd_padding_is_refused_before_onnx_aborts_on_it(amount: int) -> None:
+    proto = small_conv()
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, amount, 0, 0, 0, 0]), "pads"))
+    proto.graph.node.insert(2, helper.make_node("Pad", ["b", "pads"], ["p"]))
+    proto.graph.node[3].input[0] = "p"
+    with pytest.raises(InvalidGraphError, match="Pad asks for"):
+        load(proto)
