@@ -7,7 +7,7 @@ gone, names are unique, nodes sorted, shapes inferred. The interface (inputs, ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -35,7 +35,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     Args:
         model: a valid model of opset 7 or above.
         sizes: elements of the symbolic input dimensions that the model is known to accept, by name; they serve as
-            the first probe (twice as many as the second). Without them every symbol is 2.
+            the first probe (the second has twice as many). Without them every symbol is 32.
 
     Raises:
         InvalidGraphError: the graph has a cycle, a node reads a value that nobody produces, functions cannot be
@@ -99,32 +99,41 @@ def _lift_constants(model: ir.Model) -> None:
 
 
 def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
-    """Replace every small value that two probes of the symbolic dimensions agree on by an initializer.
+    """Replace every small value that all probes of the symbolic dimensions agree on by an initializer.
+
+    Three probes vote: the first sizes, twice those, and sizes that are no multiples, where the model accepts such.
+    With two alone, a size rounded up to a multiple (a padded window) would pass for a constant.
 
     Values computed from float weights alone are left: folding them would tear the weight from its name before
     pruning and training. Weights that a ConstantOfShape stands for are written out.
     """
     probes = Probes(model, sizes)
-    first, second = probes.first, probes.second
+    facts = [probes.first, probes.second]
+    other = probes.off_corners() if probes.symbols else None
+    facts += [] if other is None else [probes.at(other)]
     for graph in model.graphs():
         for node in list(graph):
             for value in node.outputs:
-                array = _static_value(value, first, second)
+                array = _static_value(value, facts)
                 if array is not None and value.uses() and not value.is_graph_output():
                     _replace_by_initializer(model.graph, value, array)
     common.RemoveUnusedNodesPass()(model)
 
 
-def _static_value(value: ir.Value, first: Facts, second: Facts) -> np.ndarray | None:
+def _static_value(value: ir.Value, facts: Sequence[Facts]) -> np.ndarray | None:
+    first, second = facts[:2]
     torn = value in first.from_weights or (value in first.from_scalars and value not in first.sizes)
     if value in first.constants and value in second.constants and not torn:
-        a, b = first.constants[value], second.constants[value]
-        same = a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-        return a if same else None
+        known = [probe.constants[value] for probe in facts if value in probe.constants]
+        return known[0] if all(_equal(known[0], array) for array in known[1:]) else None
     node = value.producer()
     if node is not None and node.op_type == "ConstantOfShape" and node.domain == "":
         return _filled(node, first, second)
     return None
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def _filled(node: ir.Node, first: Facts, second: Facts) -> np.ndarray | None:

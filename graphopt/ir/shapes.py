@@ -19,12 +19,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.dimensions import evaluate, polynomial
-from graphopt.ir.propagate import DEFAULT_SIZE, Facts, propagate, symbolic_dimensions
+from graphopt.ir.propagate import Facts, propagate, symbolic_dimensions
 
 _MOST_SYMBOLS = 4
 """Input symbols that are varied one by one; dimensions that depend on others stay anonymous."""
 _MOST_FACTORS = 3
 """Symbols that one dimension may depend on: 2 to that power probes settle it."""
+_FIRST_SIZE = 32
+"""Elements of a symbol that nobody gave a size: divisible by what models divide by, and above the multiples that they
+round to (windows of 7, 8, 16), so that rounding does not look like a constant."""
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -36,7 +39,7 @@ class Probes:
 
     Attributes:
         model: the model; as long as probes are asked for it must not change.
-        sizes: elements of each symbol that the model is known to accept; 2 where not given. Symbols that are
+        sizes: elements of each symbol that the model is known to accept; 32 where not given. Symbols that are
             expressions of others (`2*batch`) follow them.
     """
 
@@ -47,7 +50,7 @@ class Probes:
     def __post_init__(self) -> None:
         self.symbols = symbolic_dimensions(self.model)
         given = dict(self.sizes or {})
-        self.base = self._follow({**given, **{name: given.get(name, DEFAULT_SIZE) for name in self.symbols}})
+        self.base = self._follow({**given, **{name: given.get(name, _FIRST_SIZE) for name in self.symbols}})
 
     @property
     def first(self) -> Facts:

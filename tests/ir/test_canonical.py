@@ -186,3 +186,19 @@ def test_fingerprint_sees_a_new_weight_and_nothing_else() -> None:
     weight = model.graph.initializers["w"]
     weight.const_value = ir.tensor(np.zeros(6, np.float32), name="w")
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("multiple", [4, 7, 8, 16])
+def test_a_size_rounded_up_to_a_multiple_is_no_constant(multiple: int) -> None:
+    body = (
+        "shape = Shape <start = 0, end = 1> (x) "
+        f"m = Constant <value = int64[1] {{{multiple}}}> () less = Constant <value = int64[1] {{{multiple - 1}}}> () "
+        "more = Add (shape, less) blocks = Div (more, m) padded = Mul (blocks, m) extra = Sub (padded, shape) "
+        "zero = Constant <value = int64[3] {0, 0, 0}> () pads = Concat <axis = 0> (zero_2, extra, zero_1) "
+        "y = Pad (x, pads)"
+    ).replace("zero = Constant <value = int64[3] {0, 0, 0}> ()",
+              "zero_2 = Constant <value = int64[2] {0, 0}> () zero_1 = Constant <value = int64[1] {0}> ()")  # fmt: skip
+    model = parse(body)
+    result = canonicalize(model.clone())
+    for rows in (1, 2, multiple - 1, multiple, multiple + 1, 5 * multiple):
+        assert_same_function(model, result, (rows, 6))
