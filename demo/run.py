@@ -6,6 +6,7 @@ Run by `make demo`. Data: scikit-learn's bundled digits (1,797 real images of 8 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def main() -> None:
     result.save(optimized)
     changes = graphopt.diff(result.original, result.model)
     (FOLDER / "digits.diff.txt").write_text(str(changes), encoding="utf-8")
-    (FOLDER / "digits.diff.html").write_text(changes.to_html(), encoding="utf-8")
+    (FOLDER / "digits.diff.html").write_text(changes.to_html(title="digits.onnx → digits.opt.onnx"), encoding="utf-8")
     (FOLDER / "digits.report.json").write_text(json.dumps(result.report.to_json(), indent=2), encoding="utf-8")
 
     session = onnxruntime.InferenceSession(optimized, providers=["CPUExecutionProvider"])
@@ -127,10 +128,11 @@ def main() -> None:
     after = accuracy(session)
     speed = result.report.speed
     console.print(f"\nfrom disk: accuracy {before:.1%} -> {after:.1%}, {speed:.2f} x faster than fp32 in onnxruntime")
-    for path in (original, optimized, FOLDER / "digits.diff.txt", FOLDER / "digits.diff.html"):
+    for name in ("digits.onnx", "digits.opt.onnx", "digits.report.json", "digits.diff.txt", "digits.diff.html"):
+        path = FOLDER / name
         console.print(f"wrote {path.relative_to(FOLDER.parent)} ({path.stat().st_size / 1000:.0f} kB)")
-    assert speed >= 1.5, f"only {speed:.2f} times faster"
-    assert before - after <= 0.01, f"lost {before - after:.1%} of accuracy"
+    if speed < 1.5 or before - after > 0.01:
+        sys.exit("the goal (1.5 x at no more than 1 point) was not met on this machine; is it busy? try again")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from graphopt.errors import (
 )
 from graphopt.export.benchmark import Benchmark, benchmark
 from graphopt.export.report import Report, Step
+from graphopt.export.verify import Verdict, compare, verify
 from graphopt.export.write import save
 from graphopt.inputs.probes import InputSpec
-from graphopt.ir.compare import Comparison, compare
+from graphopt.ir.compare import Comparison
 from graphopt.ir.diff import GraphDiff, diff
 from graphopt.ir.load import load
 from graphopt.ir.trace import trace
@@ -49,6 +50,7 @@ __all__ = [
     "Step",
     "TargetMissedError",
     "TraceError",
+    "Verdict",
     "WriteError",
     "benchmark",
     "compare",
@@ -57,4 +59,5 @@ __all__ = [
     "optimize",
     "save",
     "trace",
+    "verify",
 ]

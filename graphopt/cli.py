@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,12 +38,15 @@ Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 f
 Target = Annotated[str, typer.Option(help="cpu or cuda")]
 
 
-@application.callback()
+@application.callback(invoke_without_command=True)
 def _options(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="show the Python traceback of errors")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
 ) -> None:
-    context.obj = {"debug": debug}
+    del debug  # taken out by `main`, wherever it stands on the line
+    if version:
+        typer.echo(f"graphopt {importlib.metadata.version('graphopt')}")
+        raise typer.Exit
 
 
 @application.command()
@@ -68,10 +73,13 @@ def optimize(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no report")] = False,
 ) -> None:
     """Optimize an ONNX model and write the result with its proof."""
-    from graphopt.export.write import write_text
+    from graphopt.export.write import check_target, write_text
     from graphopt.ir.diff import diff
     from graphopt.optimize import optimize as run
 
+    for path in (output, report, html):
+        if path is not None:
+            check_target(path)
     data = None if calibration is None else _calibration(calibration)
     example = None if inputs is None else _arrays(inputs)
     result = run(
@@ -169,25 +177,30 @@ def verify(
     _show(verdict, as_json)
     if not verdict.passed:
         raise TargetMissedError(
-            f"outputs differ by {verdict.comparison.error:.2e} of their scale",
+            f"outputs differ: {verdict.judged}",
             where=f"{reference} and {candidate}",
+            help=None if tolerance is not None else "for a quantized model give --tolerance, for instance 0.1",
         )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `graphopt` command. Turns every `GraphoptError` into a message and an exit code."""
+    """Entry point of the `graphopt` command. Turns every `GraphoptError` into a message and an exit code.
+
+    `--debug` works wherever it stands on the line: the traceback comes before the message, the exit code stays.
+    """
     given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
     try:
-        application(given, standalone_mode=True)
+        application([word for word in given if word != "--debug"], standalone_mode=True)
     except TargetMissedError as error:
-        sys.exit(_report(error, given, 1))
+        sys.exit(_report(error, 1, debug))
     except GraphoptError as error:
-        sys.exit(_report(error, given, 2))
+        sys.exit(_report(error, 2, debug))
 
 
-def _report(error: GraphoptError, arguments: list[str], code: int) -> int:
-    if "--debug" in arguments:
-        raise error
+def _report(error: GraphoptError, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
     return code
 

@@ -15,19 +15,20 @@ import onnx_ir as ir
 import onnxruntime
 
 from graphopt.errors import DataError
-from graphopt.export.report import ROLLED_BACK, Report, Step, WeightFate
+from graphopt.export.report import BUDGET, DEFECT, ROLLED_BACK, SPEED, Report, Step, WeightFate
 from graphopt.export.write import save
 from graphopt.inputs.calibration import Calibration, as_array, fit_feeds
 from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.check import check_structure
 from graphopt.ir.load import Source, read
-from graphopt.ir.ops.row import tensor_shape
+from graphopt.ir.ops import default_table
+from graphopt.ir.ops.row import OpTable, tensor_shape
 from graphopt.ir.opset import check_opset
 from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
-from graphopt.passes.contract import Context, Pass, Semantics
-from graphopt.pipeline import DEFECT, Budget, Evaluate, Guard, run_recipe
+from graphopt.passes.contract import Context, Pass
+from graphopt.pipeline import Budget, Evaluate, Guard, run_recipe
 from graphopt.progress import Progress
 from graphopt.recipe import Recipe, resolve
 
@@ -129,8 +130,12 @@ def optimize(
         final = guard.final()
     if final.timing.is_slower():
         best, final = original, None
-        steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason="slower than the input, which is returned"))
+        slower = "slower than the input, which is returned"
+        steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason=slower, cause=SPEED))
     explicit = max_drop is not None or tolerance is not None
+    reached, given = best.opset_imports.get("", 0), original.opset_imports.get("", 0)
+    if reached != given:
+        guard.notes.append(f"the result uses opset {reached}, the input {given}")
     notes = [*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ()), *guard.notes, *(data.notes if data else ())]
     report = Report(
         source=subject.name,
@@ -138,6 +143,7 @@ def optimize(
         target=target,
         threads=threads,
         data=_data_sentence(data),
+        inputs={name: f"{array.dtype}{list(array.shape)}" for name, array in feeds[0].items()},
         steps=tuple(steps),
         final=None if final is None else final.timing,
         error=None if final is None else final.error,
@@ -258,20 +264,16 @@ def _data_sentence(data: Calibration | None) -> str:
 
 
 def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
-    """What was asked for and not delivered: the canonical form, a pass that failed, lossy passes rolled back."""
-    missed = [
-        f"{step.name}: {step.reason}"
+    """What was asked for and not delivered: a budget that is the user's, or a step that is wrong.
+
+    A step that is merely slower is no missed target: never slower is what was asked for.
+    """
+    budget_counts = explicit or recipe.tolerance is None
+    return tuple(
+        f"{step.name} was rolled back: {step.reason}"
         for step in steps
-        if step.reason is not None and (step.name in ("(canonical)", "(result)") or step.reason.startswith(DEFECT))
-    ]
-    lossy = {single.name for single in recipe.passes if single.semantics is Semantics.LOSSY}
-    if explicit or recipe.tolerance is None:
-        missed += [
-            f"{step.name} was rolled back: {step.reason}"
-            for step in steps
-            if step.name in lossy and step.status == ROLLED_BACK
-        ]
-    return tuple(missed)
+        if step.cause == DEFECT or (step.cause == BUDGET and budget_counts)
+    )
 
 
 def _fates(canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Sequence[Step]) -> tuple[WeightFate, ...]:
@@ -280,9 +282,15 @@ def _fates(canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Seq
     rolled_back = [f"{step.name} was rolled back" for step in steps if step.status == ROLLED_BACK]
     default = rolled_back[0] if rolled_back else "the recipe found nothing around it to fold, fuse, merge or quantize"
     fates: list[WeightFate] = []
+    table, opset = default_table(), canonical.opset_imports.get("", 0)
     for name, value in canonical.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+        if (
+            tensor is None
+            or not tensor.dtype.is_floating_point()
+            or tensor.size < 2
+            or _is_setting(value, table, opset)
+        ):
             continue
         by = tuple(history.get(name, ()))
         where = [name, *(consumer.name or "" for consumer in value.consumers())]
@@ -290,6 +298,12 @@ def _fates(canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Seq
         before = f"{tensor.dtype.name}{list(tensor_shape(tensor))}"
         fates.append(WeightFate(name, "changed" if by else "declined", by, None if by else reason, before))
     return tuple(fates)
+
+
+def _is_setting(value: ir.Value, table: OpTable, opset: int) -> bool:
+    """Whether a constant only says how operators work (scales of Resize, bounds of Clip): no weight of the network."""
+    rows = [(table.row(use.node.domain, use.node.op_type, opset), use.idx) for use in value.uses()]
+    return bool(rows) and all(row is not None and index in row.structural for row, index in rows)
 
 
 def _environment() -> dict[str, str]:

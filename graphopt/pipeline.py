@@ -14,7 +14,7 @@ import onnxruntime
 
 from graphopt.errors import DataError, GraphoptError
 from graphopt.export.benchmark import Benchmark, interleave
-from graphopt.export.report import APPLIED, ROLLED_BACK, UNCHANGED, Size, Step
+from graphopt.export.report import APPLIED, BUDGET, DEFECT, ROLLED_BACK, SPEED, UNCHANGED, Size, Step
 from graphopt.ir.check import check_structure
 from graphopt.ir.compare import Comparison, compare_runs, exact_tolerance
 from graphopt.ir.cost import cost
@@ -137,11 +137,12 @@ class Guard:
             session = self._open(candidate)
             outputs = [session.run_feeds(feeds) for feeds in self.feeds]
         except GraphoptError as error:
-            return Step(name, ROLLED_BACK, size, reason=error.what)
+            return Step(name, ROLLED_BACK, size, reason=error.what, cause=DEFECT)
         comparison = self._compare(outputs)
         reason = self._numbers_reason(comparison, outputs, semantics)
         if reason is not None:
-            return Step(name, ROLLED_BACK, size, reason=reason, error=comparison)
+            cause = BUDGET if semantics is Semantics.LOSSY else DEFECT
+            return Step(name, ROLLED_BACK, size, reason=reason, cause=cause, error=comparison)
         assert self._best is not None
         timing = self._time(self._best, session)
         if timing.is_slower() and not must_keep:
@@ -152,13 +153,13 @@ class Guard:
         step = Step(name, APPLIED, size, latency=timing.latencies[1], speed=speed, error=comparison)
         if timing.is_slower() and not must_keep:
             slower = f"slower: {timing.latencies[1].median:.3g} ms > {timing.latencies[0].median:.3g} ms"
-            return _rejected(step, slower)
+            return _rejected(step, slower, SPEED)
         if semantics is Semantics.LOSSY and self.budget.evaluate is not None:
             metric = measure_metric(self.budget.evaluate, session)
             step = replace(step, metric=metric)
             reason = self._metric_reason(metric)
             if reason is not None:
-                return _rejected(step, reason)
+                return _rejected(step, reason, BUDGET)
         self._best, self._best_speed = session, speed
         if semantics is Semantics.LOSSY:
             self._anchor, self._anchor_error = outputs, comparison.error
@@ -288,7 +289,8 @@ def _run_passes(
         except GraphoptError:
             raise
         except Exception as error:  # a defect of a pass must not cost the user the passes before and after it
-            step = Step(single.name, ROLLED_BACK, size_of(best, context.sizes), reason=_defect(error))
+            size = size_of(best, context.sizes)
+            step = Step(single.name, ROLLED_BACK, size, reason=_defect(single, error), cause=DEFECT)
             remarks: tuple[Remark, ...] = ()
         else:
             remarks = result.remarks
@@ -348,13 +350,10 @@ def measure_metric(evaluate: Evaluate, session: onnxruntime.InferenceSession) ->
     return number
 
 
-DEFECT = "the pass failed"
-"""How the reason starts where a pass raised something that graphopt does not raise on purpose."""
+def _defect(single: Pass, error: Exception) -> str:
+    owner = "graphopt" if type(single).__module__.startswith("graphopt.") else "this pass"
+    return f"the pass failed: {type(error).__name__}: {error} (a defect of {owner}, please report it)"
 
 
-def _defect(error: Exception) -> str:
-    return f"{DEFECT}: {type(error).__name__}: {error} (a defect of graphopt, please report it)"
-
-
-def _rejected(step: Step, reason: str) -> Step:
-    return replace(step, status=ROLLED_BACK, reason=reason)
+def _rejected(step: Step, reason: str, cause: str) -> Step:
+    return replace(step, status=ROLLED_BACK, reason=reason, cause=cause)

@@ -105,6 +105,11 @@ def resolve(recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str]) -> R
         return Recipe(recipe.name, (recipe,))
     passes = tuple(build_pass(entry) if isinstance(entry, str) else entry for entry in recipe)
     for entry in passes:
+        if isinstance(entry, Pass) and not hasattr(entry, "name"):  # pyright: ignore
+            raise RecipeError(
+                f"{type(entry).__name__} has no name",
+                help="a pass needs class attributes name (kebab-case) and semantics, see CONTRIBUTING.md",
+            )
         if not isinstance(entry, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RecipeError(
                 f"a recipe is made of passes, not of {type(entry).__name__}",

@@ -179,11 +179,32 @@ def test_bad_usage_is_exit_code_2_without_a_traceback(
     assert error.strip()
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "graphopt", "--debug", "inspect", str(tmp_path / "missing.onnx")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("place", [0, 2])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path, place: int) -> None:
+    arguments = ["inspect", str(tmp_path / "missing.onnx")]
+    arguments.insert(place, "--debug")
+    result = subprocess.run([sys.executable, "-m", "graphopt", *arguments], capture_output=True, text=True, check=False)
     assert "Traceback" in result.stderr
-    assert result.returncode != 0
+    assert result.returncode == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("graphopt 0.")
+
+
+def test_output_paths_are_checked_before_the_work(model_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    assert run("optimize", model_file, "-o", out, "--report", "/nowhere/r.json", "--quiet") == 2
+    assert not out.exists()
+
+
+def test_written_files_can_be_read_by_others(model_file: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("out.onnx", "r.json", "d.html")]
+    run(
+        "optimize", model_file, "-o", files[0], "--recipe", "exact", "--report", files[1], "--html", files[2], "--quiet"
+    )
+    assert len({file.stat().st_mode for file in files}) == 1
 
 
 def test_the_output_may_be_the_input(model_file: Path) -> None:

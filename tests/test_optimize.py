@@ -193,7 +193,8 @@ def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_a_custom_operator_is_explained() -> None:
     model = ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["": 21, "com.acme": 1]> g (float[4] x) => (float[4] y) { y = com.acme.Warp (x) }'
+        '<ir_version: 10, opset_import: ["": 21, "com.acme": 1]> g (float[4] x) => (float[4] y) '
+        "{ y = com.acme.Warp (x) }"
     )
     with pytest.raises(InvalidGraphError, match="Warp"):
         graphopt.optimize(model, quiet=True)

@@ -15,7 +15,7 @@ from rich.text import Text
 from graphopt.inputs.calibration import fit_feeds
 from graphopt.inputs.probes import symbolic_sizes
 from graphopt.ir.cost import OperatorCost, cost
-from graphopt.ir.load import Source, load
+from graphopt.ir.load import Source, load, read
 from graphopt.ir.ops.row import tensor_bytes
 from graphopt.ir.propagate import dimension_name, symbolic_dimensions
 
@@ -29,11 +29,12 @@ class Inspection:
     Attributes:
         inputs: name to dtype and shape, for instance "FLOAT[batch,3,224,224]".
         outputs: the same.
-        opsets: domain to version, as in the canonical form.
+        opsets: domain to version.
         operators: cost by operator, the most MACs first.
         largest_weights: name, dtype and shape, bytes.
         dynamic: symbolic dimensions and the sizes that MACs were counted with.
-        nodes: number of nodes.
+        nodes: number of nodes of the file.
+        canonical_nodes: number of nodes in canonical form, which costs are counted on.
         parameters: elements of all weights.
         macs: multiply-accumulate operations of one run.
         weight_bytes: bytes of all weights.
@@ -47,6 +48,7 @@ class Inspection:
     largest_weights: tuple[tuple[str, str, int], ...]
     dynamic: dict[str, int]
     nodes: int
+    canonical_nodes: int
     parameters: int
     macs: int
     weight_bytes: int
@@ -90,14 +92,14 @@ class Inspection:
         if self.dynamic:
             lines.append(f"dynamic {', '.join(f'{name} (counted as {size})' for name, size in self.dynamic.items())}")
         lines.append(
-            f"{self.nodes} nodes, {self.parameters:,} parameters, {self.macs:,} MACs, "
-            f"{self.weight_bytes / 1e6:.2f} MB of weights"
+            f"{self.nodes} nodes ({self.canonical_nodes} in canonical form), {self.parameters:,} parameters, "
+            f"{self.macs:,} MACs, {self.weight_bytes / 1e6:.2f} MB of weights"
         )
         return lines
 
 
 def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None = None) -> Inspection:
-    """Read a model and say what is in it, in canonical form.
+    """Read a model and say what is in it; operators and costs are those of its canonical form.
 
     Args:
         source: as for `graphopt.load`.
@@ -107,7 +109,8 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
         LoadError, InvalidGraphError: the model cannot be read.
         DataError: the inputs do not fit the model.
     """
-    model = load(source)
+    file = read(source)
+    model = load(file)
     sizes = symbolic_sizes(model)
     if inputs is not None:
         feeds = fit_feeds(model, inputs)
@@ -128,11 +131,12 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
     return Inspection(
         inputs={value.name or "": _type(value) for value in model.graph.inputs},
         outputs={value.name or "": _type(value) for value in model.graph.outputs},
-        opsets=dict(model.opset_imports),
+        opsets=dict(file.opset_imports),
         operators=total.by_op(),
         largest_weights=tuple(weights[:_LARGEST]),
         dynamic={name: sizes[name] for name in symbolic_dimensions(model) if name in sizes},
-        nodes=sum(1 for graph in model.graphs() for _ in graph),
+        nodes=sum(1 for graph in file.graphs() for _ in graph),
+        canonical_nodes=sum(1 for graph in model.graphs() for _ in graph),
         parameters=total.parameters,
         macs=total.macs,
         weight_bytes=total.weight_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,11 @@ from graphopt.ir.compare import Comparison
 from graphopt.passes.contract import Remark
 
 APPLIED, UNCHANGED, ROLLED_BACK = "applied", "unchanged", "rolled back"
+DEFECT, BUDGET, SPEED = "defect", "budget", "speed"
+"""Why a step was rolled back: it is wrong, it costs more than the budget allows, or it is slower."""
 _SHOWN_REMARKS = 8
+_WIDEST = 120
+"""Characters of a line at most, where no terminal says how wide it is."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Step:
         name: pass name, or "(input)", "(canonical)".
         status: "applied", "unchanged" or "rolled back".
         reason: why it was rolled back, with figures, else None.
+        cause: "defect", "budget" or "speed" where it was rolled back, else None.
         size: of the graph as it stands after the step; of the rejected graph where it was rolled back.
         latency: of that graph, None where it was not measured (unchanged).
         speed: how many times faster than the input, None where it was not measured.
@@ -61,6 +67,7 @@ class Step:
     status: str
     size: Size
     reason: str | None = None
+    cause: str | None = None
     latency: Latency | None = None
     speed: float | None = None
     error: Comparison | None = None
@@ -74,6 +81,7 @@ class Step:
             "name": self.name,
             "status": self.status,
             "reason": self.reason,
+            "cause": self.cause,
             **vars(self.size),
             "latency_ms": None if self.latency is None else vars(self.latency),
             "speed": self.speed,
@@ -112,6 +120,7 @@ class Report:
         recipe: recipe name.
         target: "cpu" or "cuda".
         threads: intra-op threads of all timings, 0 for onnxruntime's default.
+        inputs: dtype and shape of each input that was timed, by name.
         data: where inputs came from, for instance "data-free" or "256 calibration inputs".
         steps: the stages in order.
         final: the input and the result timed once more in turns, the totals' speed.
@@ -127,6 +136,7 @@ class Report:
     target: str
     threads: int
     data: str
+    inputs: dict[str, str]
     steps: tuple[Step, ...]
     final: Benchmark | None
     error: Comparison | None
@@ -154,6 +164,7 @@ class Report:
             "target": self.target,
             "threads": self.threads,
             "data": self.data,
+            "inputs": self.inputs,
             "speed": self.speed,
             "steps": [step.to_json() for step in self.steps],
             "final": None if self.final is None else self.final.to_json(),
@@ -170,22 +181,25 @@ class Report:
 
     def __str__(self) -> str:
         stream = io.StringIO()
-        Console(file=stream, width=120, color_system=None, force_terminal=False).print(self)
-        return stream.getvalue().rstrip("\n")
+        width = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
+        Console(file=stream, width=width, color_system=None, force_terminal=False).print(self)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else "default threads"
         title = f"graphopt · {self.source} · recipe {self.recipe} · {self.target} ({threads}) · {self.data}"
         yield Text(title, style="bold")
+        timed = ", ".join(f"{name} {kind}" for name, kind in self.inputs.items())
+        yield Text(f"timed on {timed}; x: speed over the input, from interleaved rounds", style="dim")
         yield self._steps_table(wide=options.max_width >= _WIDE)
         for line, style in self._closing_lines():
             indent = len(line) - len(line.lstrip())
-            yield Padding(Text(line.strip(), style=style), (0, 0, 0, indent))
+            yield Padding(Text(line.strip(), style=style), (0, 0, 0, indent), expand=False)
 
     def _steps_table(self, *, wide: bool) -> Table:
         """One row a step that did something; a narrow screen does without the columns that the JSON also has."""
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("#", justify="right")
+        table.add_column("#", justify="right", no_wrap=True, min_width=2)
         table.add_column("pass", no_wrap=True)
         shown = [column for column in _COLUMNS if wide or column.always]
         for column in shown:

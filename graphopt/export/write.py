@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -38,6 +40,31 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
           at /nowhere
           help: create it, or write somewhere else
     """
+    if not isinstance(model, ir.Model):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise WriteError(
+            f"a {type(model).__name__} cannot be saved", where=str(path), help="save takes what graphopt.load returns"
+        )
+    with _staged(path) as staged:
+        _write(model, staged)
+    return Path(path)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> Path:
+    """Write a text file (report, diff, plan) whole or not at all. Raises `WriteError` as `save` does."""
+    with _staged(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise `WriteError` where a file cannot be written, before the work that fills it is done."""
+    with _staged(path):
+        pass
+
+
+@contextmanager
+def _staged(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """A file name in a temporary folder beside the target; what is written there moves to the target at the end."""
     target = Path(path)
     folder = target.parent
     if not folder.is_dir():
@@ -51,30 +78,13 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
             f"the folder cannot be written: {error.strerror}", where=str(folder), help="write somewhere else"
         ) from error
     try:
-        _write(model, staging / target.name)
+        yield staging / target.name
         for written in sorted(staging.iterdir(), key=lambda file: file.name == target.name):
             os.replace(written, folder / written.name)
     except OSError as error:
-        raise WriteError(f"the model cannot be written: {error.strerror}", where=str(target)) from error
+        raise WriteError(f"the file cannot be written: {error.strerror}", where=str(target)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a text file (report, diff, plan) whole or not at all. Raises `WriteError` as `save` does."""
-    target = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as staged:
-            staged.write(text)
-        os.replace(staged.name, target)
-    except OSError as error:
-        raise WriteError(
-            f"the file cannot be written: {error.strerror}", where=str(target), help="write somewhere else"
-        ) from error
-    return target
 
 
 def weight_bytes(model: ir.Model) -> int:

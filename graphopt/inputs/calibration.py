@@ -128,8 +128,11 @@ class Calibration:
             named = item
             missing, unknown = [n for n in names if n not in item], [str(n) for n in item if n not in names]
             if missing or unknown:
+                found = ", ".join(map(str, item)) or "none"
                 problem = f"lacks input {missing[0]!r}" if missing else f"has an unknown input {unknown[0]!r}"
-                raise DataError(f"the item {problem}", where=where, help=f"the inputs are {', '.join(names)}")
+                raise DataError(
+                    f"the item {problem}", where=where, help=f"the inputs are {', '.join(names)}; the item has {found}"
+                )
         elif isinstance(item, (tuple, list)):
             if len(item) != len(names):
                 raise DataError(
@@ -167,7 +170,7 @@ class Calibration:
             raise DataError(
                 f"the shape is {list(array.shape)}, the model takes {shape}",
                 where=where,
-                help="add the batch axis: x[None]" if added else "give arrays of the model's own shape",
+                help="add the batch axis: x[None]" if added else _other_batch(array.shape, shape),
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError("the array holds NaN or infinity", where=where, help="leave such items out")
@@ -216,12 +219,19 @@ def as_array(given: Any, where: str = "input") -> np.ndarray:
     Raises:
         DataError: it is not array-like, or holds objects.
     """
+    entries: list[Any] = list(given) if isinstance(given, (tuple, list)) else []
+    if any(hasattr(entry, "shape") for entry in entries):
+        raise DataError(
+            f"not an array but a {type(given).__name__} of {len(entries)} arrays",
+            where=where,
+            help="give one array an input, without labels: for ((a, b), y) items pass `[x for x, y in data]`",
+        )
     if not isinstance(given, np.ndarray):
         for step in ("detach", "cpu"):
             if hasattr(given, step) and hasattr(given, "numpy"):
                 given = getattr(given, step)()
         try:
-            given = given.numpy() if hasattr(given, "numpy") else np.asarray(given)
+            given = given.numpy() if hasattr(given, "numpy") else np.asarray(given)  # pyright: ignore
         except (TypeError, ValueError) as error:
             raise DataError(f"not an array: {error}", where=where, help="give NumPy arrays or tensors") from error
     array = np.asarray(given)
@@ -230,6 +240,17 @@ def as_array(given: Any, where: str = "input") -> np.ndarray:
     if array.dtype == object:
         raise DataError(f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors")
     return array
+
+
+def _other_batch(given: Sequence[int], shape: ir.Shape) -> str:
+    """The way out where a shape does not fit; a model of fixed batch is the usual case."""
+    batch = shape[0] if len(shape) else None
+    rest = len(given) == len(shape) and all(
+        not isinstance(size, int) or size == found for size, found in list(zip(shape, given, strict=True))[1:]
+    )
+    if rest and isinstance(batch, int):
+        return f"the model takes batches of {batch}: give such, or export it with a dynamic batch (`dynamic_shapes`)"
+    return "give arrays of the model's own shape"
 
 
 def _is_text(entry: Any) -> bool:

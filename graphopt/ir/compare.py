@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import DataError
 from graphopt.ir.session import open_session
 
 _EXACT_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
@@ -132,38 +131,6 @@ def within_exact(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray
     """Whether the candidate outputs equal the reference up to the rounding of an exact rewrite."""
     return len(reference) == len(candidate) and all(
         compare_arrays(a, b).error <= exact_tolerance(np.asarray(a)) for a, b in zip(reference, candidate, strict=True)
-    )
-
-
-def compare(
-    reference: ir.Model,
-    candidate: ir.Model,
-    inputs: Sequence[Mapping[str, np.ndarray]],
-    *,
-    target: str = "cpu",
-) -> Comparison:
-    """Run two models on the same inputs and compare every output.
-
-    The reference runs with onnxruntime's own graph optimisations disabled, the candidate as it would be deployed.
-
-    Args:
-        reference: the model whose outputs are right.
-        candidate: the model to judge.
-        inputs: sets of inputs, each from input name to array; the worst set counts.
-        target: provider of the candidate.
-
-    Raises:
-        DataError: there are no inputs, or they do not fit the models.
-        InvalidGraphError: onnxruntime cannot load one of the models.
-    """
-    if not inputs:
-        raise DataError("no inputs to compare on", help="pass at least one set of inputs")
-    expected = reference_outputs(reference, inputs)
-    session = open_session(candidate, target=target)
-    return compare_runs(
-        [value.name or "" for value in reference.graph.outputs],
-        expected,
-        [session.run_feeds(feeds) for feeds in inputs],
     )
 
 

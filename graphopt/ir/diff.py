@@ -12,6 +12,7 @@ import onnx_ir as ir
 from rich.text import Text
 
 from graphopt.ir.correspondence import Correspondence, Side, correspond, paired_by_name
+from graphopt.ir.load import Source, read
 from graphopt.ir.ops.row import tensor_bytes
 from graphopt.ir.text import node_text, op_text, type_text, value_text
 from graphopt.ir.weight_pairs import WeightPair, weight_change, weight_type
@@ -170,8 +171,8 @@ class GraphDiff:
         )
 
 
-def diff(a: ir.Model, b: ir.Model) -> GraphDiff:
-    """What differs between two models. Neither is changed.
+def diff(a: Source, b: Source) -> GraphDiff:
+    """What differs between two models, given as for `graphopt.load`. Neither is changed.
 
     Nodes correspond by what they compute (`graphopt.ir.correspondence`): renamed values and reordered nodes are no
     difference, and it is none which of several equal values is read. Bodies of If, Loop and Scan and model functions
@@ -189,6 +190,7 @@ def diff(a: ir.Model, b: ir.Model) -> GraphDiff:
          -   %h = Identity(%x)
          ~   %y = Relu(%h -> %x)
     """
+    a, b = (model if isinstance(model, ir.Model) else read(model) for model in (a, b))
     correspondence = correspond(a, b)
     return GraphDiff(
         groups=_grouped(_hunks(correspondence), correspondence),

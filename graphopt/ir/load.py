@@ -62,6 +62,11 @@ def read(source: Source) -> ir.Model:
         return _from_proto(source, "ModelProto", None)
     if isinstance(source, bytes):
         return _from_proto(_parse(source, "bytes"), "bytes", None)
+    if not isinstance(source, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise LoadError(
+            f"a model cannot be read from a {type(source).__name__}",
+            help="pass a path, bytes, an onnx.ModelProto or an onnx_ir.Model; torch modules go to graphopt.trace",
+        )
     path = Path(source)
     if not path.exists():
         raise LoadError("there is no such file", where=str(path), help="check the path")

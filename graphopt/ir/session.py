@@ -85,11 +85,12 @@ def open_session(
     options = session_options(threads=threads, optimized=optimized)
     if optimized_model_path is not None:
         options.optimized_model_filepath = optimized_model_path
+    chosen = providers(target)
     proto, names, weights = _proto_and_weights(model, extra_outputs)
     if names:
         options.add_external_initializers(names, weights)
     try:
-        session = Session(proto, options, providers=providers(target))
+        session = Session(proto, options, providers=chosen)
     except Exception as error:
         reason = _first_line(error)
         custom = "not a registered function/op" in reason

@@ -158,6 +158,10 @@ def _attempt(
             raise _random(subject)
         attempts.failed(exporter, wrong, chatter)
         return None
+    if attempts.failures and evidence.sizes[0] and len(evidence.inputs) == 1:
+        # torch.export refused, and no second size confirms what another exporter claims about the dynamic axes
+        attempts.failed(exporter, "; ".join(evidence.notes) or "its dynamic axes cannot be verified", chatter)
+        return None
     fallen_back = [f"exported with {exporter}; {other} failed: {why}" for other, why in attempts.failures.items()]
     correct_output_shapes(model, evidence)
     return _canonical(model, subject, evidence, [*subject.notes, *fallen_back])

@@ -41,7 +41,14 @@ def program_module(program: torch.export.ExportedProgram, notes: list[str]) -> t
     """
     import torch
 
-    module = program.module(check_guards=False)
+    try:
+        module = program.module(check_guards=False)
+    except Exception as error:  # torch raises anything when a program's names clash with its own
+        raise TraceError(
+            f"torch cannot turn the program back into a module: {error}",
+            where=type(program).__name__,
+            help="pass the module itself, or rename the submodule that the message names",
+        ) from error
     switched: Counter[str] = Counter()
     for graph_module in [part for part in module.modules() if isinstance(part, torch.fx.GraphModule)]:
         for node in graph_module.graph.nodes:

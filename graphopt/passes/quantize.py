@@ -82,6 +82,8 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         if self.ranges not in RANGES:
             raise GraphoptError(f"unknown ranges {self.ranges!r}", help=f"one of {', '.join(RANGES)}")
+        if isinstance(self.exclude, str):
+            raise GraphoptError("exclude is one string", help=f"give a list of patterns: exclude = [{self.exclude!r}]")
         if self.form not in PLACEMENTS:
             raise GraphoptError(f"unknown form {self.form!r}", help=f"one of {', '.join(PLACEMENTS)}")
         if not 50.0 < self.percentile <= 100.0:

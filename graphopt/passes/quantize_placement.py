@@ -42,7 +42,7 @@ _INTEGER = {
 }  # fmt: skip
 _CLAMP = {"Relu", "Clip"}
 _NO_KERNEL = {
-    "ConvTranspose": "onnxruntime has no int8 kernel for ConvTranspose whose windows overlap",
+    "ConvTranspose": "onnxruntime has no int8 kernel for it, unless windows do not overlap and all around is int8",
     "Einsum": "onnxruntime has no int8 kernel for Einsum",
     "LSTM": "recurrent layers stay float",
     "GRU": "recurrent layers stay float",

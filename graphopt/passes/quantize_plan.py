@@ -76,8 +76,8 @@ class OperatorPlan:
         op_type: its operator.
         form: "static" (between DequantizeLinear and QuantizeLinear, an int8 kernel of onnxruntime), "integer" (on
             the integers themselves, exact), "folded" (a Relu or Clip that the saturation of the quantizer before it
-            already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger), "table" (rows of an int8 embedding) or "float"
-            (declined).
+            already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger), "table" (rows of an
+            int8 embedding) or "float" (declined).
         reason: why it was declined; empty otherwise.
     """
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import DataError
-from graphopt.ir.compare import compare, compare_arrays, compare_outputs, compare_runs, within_exact
+from graphopt.export.verify import compare
+from graphopt.ir.compare import compare_arrays, compare_outputs, compare_runs, within_exact
 
 A = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
 
@@ -112,5 +113,8 @@ def test_compare_runs_both_models() -> None:
     assert compare(relu, neg, [x]).error == pytest.approx(2.0)
     with pytest.raises(DataError, match="no inputs"):
         compare(relu, relu, [])
-    with pytest.raises(DataError, match="cannot run the model on these inputs"):
-        compare(relu, relu, [{"x": np.array([1], np.int64)}])
+    with pytest.raises(DataError, match="lacks input"):
+        compare(relu, relu, {"z": x["x"]})
+    for form in (x, x["x"], (x["x"],), [x, x]):
+        assert compare(relu, neg, form).error == pytest.approx(2.0)
+    assert compare(relu, relu).error == 0.0

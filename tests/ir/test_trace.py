@@ -587,3 +587,14 @@ def test_torchscript_modules_and_wrappers():
     assert "1 Dropout" in notes(wrapped)
     assert {"0.weight", "0.bias"} <= set(wrapped.graph.initializers)
     assert module.training
+
+
+def test_a_dynamic_axis_that_the_module_cannot_have_is_an_error() -> None:
+    class Join(torch.nn.Module):
+        def forward(self, picture: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return torch.cat([picture, table], dim=1)
+
+    inputs = (torch.randn(2, 3), torch.randn(2, 4))
+    with pytest.raises(TraceError) as caught:
+        trace(Join(), inputs, dynamic_shapes={"picture": {0: "batch"}, "table": None})
+    assert "batch" in str(caught.value)

@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import DataError, GraphoptError
+from graphopt.export.verify import compare
 from graphopt.inputs.probes import probe_feeds
-from graphopt.ir.compare import QUANTIZATION_TOLERANCE, compare, compare_outputs, within_exact
+from graphopt.ir.compare import QUANTIZATION_TOLERANCE, compare_outputs, within_exact
 from graphopt.ir.session import open_session
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context
