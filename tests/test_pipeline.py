@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from graphopt.errors import DataError
+from graphopt.errors import DataError, RecipeError
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, Semantics
 from graphopt.pipeline import measure_metric
@@ -193,3 +193,37 @@ def test_the_report_reads_and_round_trips() -> None:
     document = json.loads(json.dumps(result.report.to_json(), allow_nan=False))
     assert [entry["name"] for entry in document["steps"]] == ["(input)", "(canonical)", "do", "eliminate-identity"]
     assert document["steps"][2]["macs"] == 64 * 64
+
+
+def test_slower_is_no_missed_target_even_with_a_budget() -> None:
+    @dataclass(frozen=True)
+    class Slow(DoLossy):
+        name: ClassVar[str] = "slow"
+
+    result = optimize(model(256), recipe=[Slow(add_work)], tolerance=0.5, quiet=True)
+    assert step(result).cause == "speed"
+    assert not result.report.missed
+
+
+def test_a_wrong_exact_pass_is_a_missed_target() -> None:
+    result = optimize(model(), recipe=[Do(break_types)], quiet=True)
+    assert step(result).cause == "defect"
+    assert result.report.missed
+
+
+def test_a_pass_without_a_name_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Nameless(Pass):
+        semantics: ClassVar[Semantics] = Semantics.EXACT
+
+        def rewrite(self, model: ir.Model, context: Context) -> None:
+            pass
+
+    with pytest.raises(RecipeError, match="Nameless has no name"):
+        optimize(model(), recipe=[Nameless()], quiet=True)
+
+
+def test_the_report_says_what_was_timed() -> None:
+    result = optimize(model(), recipe="exact", quiet=True)
+    assert result.report.inputs == {"x": "float32[1, 64]"}
+    assert "timed on x float32[1, 64]" in str(result.report)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
+import graphopt
 from graphopt.errors import DataError
 from graphopt.export.benchmark import Benchmark, Latency, Speed, benchmark
 from graphopt.export.verify import verify
+from graphopt.export.write import save
 from tests.export.test_write import with_weight
 
 
@@ -72,3 +77,23 @@ def test_verify_judges_exactness_and_tolerance() -> None:
 def test_verify_refuses_models_with_another_interface() -> None:
     with pytest.raises(DataError, match="different inputs"):
         verify(with_weight(16), chain(2))
+
+
+def test_models_may_be_files_and_names_must_fit(tmp_path: Path) -> None:
+    path = save(chain(2), tmp_path / "m.onnx")
+    assert benchmark(path, str(path), seconds=0.1, inputs=np.eye(96, dtype=np.float32)).rounds > 0
+    with pytest.raises(DataError, match="1 names for 2 models"):
+        benchmark(path, path, names=["one"])
+
+
+def test_public_calls_take_what_optimize_takes(tmp_path: Path) -> None:
+    path = save(with_weight(16), tmp_path / "m.onnx")
+    x = np.ones((1, 16), np.float32)
+    for inputs in (x, (x,), {"x": x}, [x, {"x": x}], None):
+        assert graphopt.compare(path, str(path), inputs).error < 1e-6
+    assert not graphopt.diff(path, onnx.load(path))
+    for call in (graphopt.load, lambda source: graphopt.diff(source, source), graphopt.benchmark):
+        with pytest.raises(graphopt.LoadError, match="NoneType"):
+            call(None)
+    with pytest.raises(graphopt.WriteError, match="ModelProto cannot be saved"):
+        save(onnx.load(path), tmp_path / "n.onnx")  # type: ignore[arg-type]

@@ -118,3 +118,21 @@ def test_safe_casts_are_noted() -> None:
     assert feeds["a"].dtype == np.float32
     assert feeds["b"].dtype == np.int64
     assert data.notes == ["input 'a': cast from float64 to float32", "input 'b': cast from int32 to int64"]
+
+
+def test_labels_beside_a_tuple_of_inputs_are_explained() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[n,2] a, float[n,2] b) => (float[n,2] y) { y = Add (a, b) }'
+    )
+    pair = (np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32))
+    with pytest.raises(DataError, match="tuple of 2 arrays") as caught:
+        next(iter(Calibration(model, [(pair, np.zeros(1, np.int64))])))
+    assert "without labels" in str(caught.value)
+
+
+def test_another_batch_than_the_fixed_one_is_explained() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,2] y) { y = Relu (x) }'
+    )
+    with pytest.raises(DataError, match="dynamic_shapes"):
+        next(iter(Calibration(model, [np.zeros((16, 2), np.float32)])))

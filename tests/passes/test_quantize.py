@@ -563,3 +563,8 @@ def test_a_table_that_is_read_in_float_too_is_declined() -> None:
     plan = Quantize().plan(model, context)
     assert not [operator for operator in plan.operators if operator.form == "table"]
     assert any("read by Relu in float too" in remark.why for remark in context.remarks)
+
+
+def test_exclude_is_a_list_of_patterns() -> None:
+    with pytest.raises(GraphoptError, match="exclude is one string"):
+        Quantize(exclude="*head*")  # type: ignore[arg-type]
