@@ -151,6 +151,8 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
             continue
         if tensor is None or tensor.dtype not in _TYPES_OF_ORT_VALUES or tensor.nbytes <= _INLINE_BYTES:
             continue
+        if any(use.node.graph is not shell.graph for use in value.uses()):
+            continue  # onnxruntime before 1.29 cannot fold with external data that a subgraph captures
         names.append(name)
         weights.append(_ort_value(tensor))
         value.const_value = ir.ExternalTensor(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op, rank
@@ -388,6 +389,12 @@ def _resize(node: ir.Node) -> str | None:
     return None
 
 
+def _space_to_depth(node: ir.Node) -> str | None:
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 29):
+        return None
+    return f"onnxruntime {onnxruntime.__version__} has no integer kernel for it, 1.29 has"
+
+
 def _pad(node: ir.Node) -> str | None:
     if attribute(node, "mode", "constant") != "constant" or len(node.inputs) < 3 or node.inputs[2] is None:
         return None
@@ -401,7 +408,7 @@ def _clip(node: ir.Node) -> str | None:
 
 _CHECKS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "Conv": _linear, "Gemm": _linear, "MatMul": _linear, "MaxPool": _max_pool, "AveragePool": _average_pool,
-    "Resize": _resize, "Pad": _pad, "Clip": _clip,
+    "Resize": _resize, "Pad": _pad, "Clip": _clip, "SpaceToDepth": _space_to_depth,
 }  # fmt: skip
 """Why a node of this type has no int8 form, or None; `_accept` where every node has one."""
 

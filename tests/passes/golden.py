@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import textwrap
 import zlib
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from graphopt.ir.compare import within_exact
 from graphopt.ir.fingerprint import fingerprint
 from graphopt.ir.session import open_session
+from graphopt.passes import ALL_PASSES
 from graphopt.passes.contract import Context, Pass, Remark
 
 _SECTION = re.compile(r"^-- (\w+)(.*)$", re.MULTILINE)
@@ -42,13 +42,8 @@ class Case:
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The pass class called `name` (its file has dashes turned into underscores)."""
-    module = importlib.import_module(f"graphopt.passes.{name.replace('-', '_')}")
-    return next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name
-    )
+    """The pass class called `name`."""
+    return ALL_PASSES[name]
 
 
 def parse(text: str, inputs: Collection[str] | None = None) -> ir.Model:
