@@ -35,7 +35,7 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     Args:
         model: a valid model of opset 7 or above.
         sizes: elements of the symbolic input dimensions that the model is known to accept, by name; they serve as
-            the first probe (the second has twice as many). Without them every symbol is 32.
+            the first probe (the second has twice as many). Without them every symbol is 8.
 
     Raises:
         InvalidGraphError: the graph has a cycle, a node reads a value that nobody produces, functions cannot be
@@ -101,16 +101,14 @@ def _lift_constants(model: ir.Model) -> None:
 def fold_static_sizes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> None:
     """Replace every small value that all probes of the symbolic dimensions agree on by an initializer.
 
-    Three probes vote: the first sizes, twice those, and sizes that are no multiples, where the model accepts such.
-    With two alone, a size rounded up to a multiple (a padded window) would pass for a constant.
+    See `Probes.votes`: with two probes alone, a size that is rounded up to a multiple or clamped to a maximum would
+    pass for a constant.
 
     Values computed from float weights alone are left: folding them would tear the weight from its name before
     pruning and training. Weights that a ConstantOfShape stands for are written out.
     """
     probes = Probes(model, sizes)
-    facts = [probes.first, probes.second]
-    other = probes.off_corners() if probes.symbols else None
-    facts += [] if other is None else [probes.at(other)]
+    facts = probes.votes()
     for graph in model.graphs():
         for node in list(graph):
             for value in node.outputs:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +25,10 @@ _MOST_SYMBOLS = 4
 """Input symbols that are varied one by one; dimensions that depend on others stay anonymous."""
 _MOST_FACTORS = 3
 """Symbols that one dimension may depend on: 2 to that power probes settle it."""
-_FIRST_SIZE = 32
-"""Elements of a symbol that nobody gave a size: divisible by what models divide by, and above the multiples that they
-round to (windows of 7, 8, 16), so that rounding does not look like a constant."""
+_FIRST_SIZE = 8
+"""Elements of a symbol that nobody gave a size: below the maxima of models (positions of a tiny transformer)."""
+_SPAN = 8
+"""How many times smaller and larger than the first size the outer votes are."""
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -39,7 +40,7 @@ class Probes:
 
     Attributes:
         model: the model; as long as probes are asked for it must not change.
-        sizes: elements of each symbol that the model is known to accept; 32 where not given. Symbols that are
+        sizes: elements of each symbol that the model is known to accept; 8 where not given. Symbols that are
             expressions of others (`2*batch`) follow them.
     """
 
@@ -85,6 +86,21 @@ class Probes:
                 return sizes
         return None
 
+    def votes(self) -> list[Facts]:
+        """Probes that must agree before something counts as static.
+
+        The first sizes and twice those; sizes that are no multiples; much smaller ones, because a model that was
+        exported at its maximum clamps everything above; much larger ones, because windows round everything below up.
+        """
+        found = [self.first, self.second]
+        if not self.symbols:
+            return found
+        other = self.off_corners()
+        found += [] if other is None else [self.at(other)]
+        smaller = {name: max(size // _SPAN, min(size, 2)) for name, size in self.base.items()}
+        larger = {name: size * _SPAN + 1 for name, size in self.base.items()}
+        return [*found, self.at(self._follow(smaller)), self.at(self._follow(larger))]
+
     def _follow(self, sizes: dict[str, int]) -> dict[str, int]:
         """Symbols that are expressions of others get the size that these give them."""
         free = {name: size for name, size in sizes.items() if _IDENTIFIER.fullmatch(name)}
@@ -93,7 +109,7 @@ class Probes:
 
 
 def infer_shapes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Facts:
-    """Write a shape on every value but the interface: numbers where two probes agree, else symbols.
+    """Write a shape on every value but the interface: numbers where all probes agree, else symbols.
 
     A run-time dimension is written as the polynomial in the input symbols that all probes confirm; failing that as
     the symbol that the model declares, unless a probe refutes it; else it is anonymous.
@@ -114,25 +130,26 @@ def infer_shapes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Fac
         {'Concat': '[b,p + s,4]', 'Reshape': '[b*s,4]'}
     """
     probes = Probes(model, sizes)
-    namer = _Namer(probes)
+    namer, votes = _Namer(probes), probes.votes()
     for graph in model.graphs():
         for node in graph:
             for value in node.outputs:
-                _write_shape(value, probes, namer)
+                _write_shape(value, votes, namer)
     return probes.first
 
 
-def _write_shape(value: ir.Value, probes: Probes, namer: _Namer) -> None:
-    first, second = probes.first, probes.second
+def _write_shape(value: ir.Value, votes: Sequence[Facts], namer: _Namer) -> None:
+    first, second = votes[:2]
     if value in first.dtypes and value.dtype is None:
         value.dtype = first.dtypes[value]
     a, b = first.shape(value), second.shape(value)
     if a is None or b is None or len(a) != len(b) or value.is_graph_output():
         return
+    known = [shape for shape in (facts.shape(value) for facts in votes) if shape is not None and len(shape) == len(a)]
     declared = value.shape if value.shape is not None and len(value.shape) == len(a) else None
     dimensions: list[int | str | None] = []
-    for axis, (size, other) in enumerate(zip(a, b, strict=True)):
-        if size == other:
+    for axis, size in enumerate(a):
+        if all(shape[axis] == size for shape in known):
             dimensions.append(size)
             continue
         old = None if declared is None else declared[axis]

@@ -202,3 +202,21 @@ def test_a_size_rounded_up_to_a_multiple_is_no_constant(multiple: int) -> None:
     result = canonicalize(model.clone())
     for rows in (1, 2, multiple - 1, multiple, multiple + 1, 5 * multiple):
         assert_same_function(model, result, (rows, 6))
+
+
+@pytest.mark.parametrize("maximum", [4, 8, 16, 40])
+@pytest.mark.parametrize("given", [None, "maximum"])
+def test_a_size_clamped_to_a_maximum_is_no_constant(maximum: int, given: str | None) -> None:
+    rows = ", ".join(["0.5"] * maximum)
+    body = (
+        f"table = Constant <value = float[{maximum}] {{{rows}}}> () "
+        "shape = Shape <start = 0, end = 1> (x) zero = Constant <value = int64[1] {0}> () "
+        "positions = Slice (table, zero, shape) one = Constant <value = int64[1] {1}> () "
+        "column = Unsqueeze (positions, one) length = Shape <end = 1> (positions) "
+        "six = Constant <value = int64[1] {6}> () target = Concat <axis = 0> (length, six) "
+        "flat = Reshape (x, target) y = Add (flat, column)"
+    )
+    model = parse(body)
+    result = canonicalize(model.clone(), sizes=None if given is None else {"n": maximum})
+    for count in sorted({1, 2, 3, maximum}):
+        assert_same_function(model, result, (count, 6))
