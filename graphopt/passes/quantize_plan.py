@@ -11,7 +11,7 @@ import numpy as np
 
 from graphopt.errors import GraphoptError
 
-FORMS = ("static", "integer", "folded", "dynamic", "float")
+FORMS = ("static", "integer", "folded", "dynamic", "table", "float")
 """How an operator runs, see `OperatorPlan`."""
 
 
@@ -79,12 +79,21 @@ class OperatorPlan:
             already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger), "table" (rows of an
             int8 embedding) or "float" (declined).
         reason: why it was declined; empty otherwise.
+
+    Raises:
+        GraphoptError: there is no such form.
     """
 
     node: str
     op_type: str
     form: str
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise GraphoptError(
+                f"unknown form {self.form!r} of an operator", where=self.node, help=f"forms are {', '.join(FORMS)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,6 @@ _CONCAT_OPERANDS = 128
 """QLinearConcat is variadic: the scales and zero points of this many operands are told from data."""
 
 
-def dynamic_quantization_shape(site: Site) -> list[Shape]:
-    """The quantized tensor, then a scalar scale and a scalar zero point."""
-    return [site.input_shape(0), (), ()]
-
-
 def binary_shape(site: Site) -> list[Shape]:
     """Broadcast of inputs 0 and 3 (A, A_scale, A_zero_point, B, ...)."""
     return [broadcast([site.input_shape(0), site.input_shape(3)])]
