@@ -14,15 +14,18 @@ from graphopt.inputs.observe import Statistics, observe
 from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import constant, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
-from graphopt.passes.quantize_apply import apply_plan, weight_axis
+from graphopt.passes.quantize_apply import apply_plan, linear_operator, weight_axis
 from graphopt.passes.quantize_datafree import observe_probes
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import Placement, already_quantized, data_inputs, place, scaling_factor
 from graphopt.passes.quantize_plan import QuantizePlan, TensorPlan
 from graphopt.passes.quantize_ranges import RANGES, activation_range, asymmetric_quantizer, symmetric_scales
+from graphopt.passes.quantize_saturation import SAFE_BITS, kernels_of, saturating_kernels
 
 PLACEMENTS = ("auto", "static", "dynamic")
 """What may be asked for as `Quantize.form`."""
+WEIGHT_RANGES = ("auto", "full", "reduced")
+"""What may be asked for as `Quantize.weight_range`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Quantize(Pass):
         exclude: shell patterns of node names, weight names or operator types that stay float.
         percentile: percent of the values that "percentile" keeps inside the range.
         bits: width of activations and weights, 2 to 8, stored in 8.
+        weight_range: "reduced" keeps the weights of linear operators to 7 bits, -63 to 63, with which no sum of
+            two products saturates in 16 bits on any machine; "full" uses `bits`; "auto" reduces those whose
+            kernels saturate on this machine, which is measured (`graphopt.passes.quantize_saturation`).
 
     Before::
 
@@ -78,6 +84,7 @@ class Quantize(Pass):
     exclude: tuple[str, ...] = ()
     percentile: float = 99.99
     bits: int = 8
+    weight_range: str = "auto"
 
     def __post_init__(self) -> None:
         if self.ranges not in RANGES:
@@ -86,6 +93,10 @@ class Quantize(Pass):
             raise GraphoptError("exclude is one string", help=f"give a list of patterns: exclude = [{self.exclude!r}]")
         if self.form not in PLACEMENTS:
             raise GraphoptError(f"unknown form {self.form!r}", help=f"one of {', '.join(PLACEMENTS)}")
+        if self.weight_range not in WEIGHT_RANGES:
+            raise GraphoptError(
+                f"unknown weight_range {self.weight_range!r}", help=f"one of {', '.join(WEIGHT_RANGES)}"
+            )
         if not 50.0 < self.percentile <= 100.0:
             raise GraphoptError(f"percentile is {self.percentile}, it must be above 50 and at most 100")
         if not 2 <= self.bits <= 8:
@@ -120,7 +131,7 @@ class Quantize(Pass):
             legalize(model, static=False)
             placement = place(model, form=self.form, exclude=tuple(self.exclude))
         activations = self._activations(model, placement, context)
-        tensors = activations + self._constants(placement) + self._weights(placement, activations)
+        tensors = activations + self._constants(placement) + self._weights(placement, activations, context)
         plan = QuantizePlan(tuple(tensors), tuple(placement.operators))
         _remark(plan, context)
         return plan
@@ -170,10 +181,31 @@ class Quantize(Pass):
             plans.append(TensorPlan(value.name or "", "constant", self.bits, False, None, (scale,), (zero,), "weights"))
         return plans
 
-    def _weights(self, placement: Placement, activations: list[TensorPlan]) -> list[TensorPlan]:
-        """One plan for each weight and axis; readers that share a weight share the larger scale a channel."""
+    def _reduced(self, placement: Placement, context: Context) -> set[ir.Node]:
+        """The linear operators whose weights have `SAFE_BITS`; a note says which and why."""
+        kernels = {node: kernels_of(node, form) for node, form in placement.forms.items() if linear_operator(node)}
+        if not kernels or self.bits <= SAFE_BITS:
+            return set()
+        if self.weight_range == "reduced":
+            context.note("quantize", f"weights have {SAFE_BITS} bits as asked, {len(kernels)} operators", "model")
+            return set(kernels)
+        wrong = frozenset[str]().union(*kernels.values()) & saturating_kernels(context.target)
+        saturated = {node for node, used in kernels.items() if used & wrong}
+        measured = f"saturation on this machine (measured): {', '.join(sorted(wrong)) or 'none'}"
+        if self.weight_range == "auto" and saturated:
+            why = f"weights have {SAFE_BITS} bits in {len(saturated)} of {len(kernels)} operators, {measured}"
+        else:
+            why = f"weights have {self.bits} bits{' as asked' if self.weight_range == 'full' else ''}, {measured}"
+            why += "; sums may be wrong" if saturated else "; x86 without VNNI needs weight_range='reduced'"
+        context.note("quantize", why, "model")
+        return saturated if self.weight_range == "auto" else set()
+
+    def _weights(self, placement: Placement, activations: list[TensorPlan], context: Context) -> list[TensorPlan]:
+        """One plan for each weight and axis; readers that share a weight share its bits and larger scale a channel."""
         scale_of = {tensor.name: tensor.scale[0] for tensor in activations}
+        reduced = self._reduced(placement, context)
         scales: dict[tuple[str, int], np.ndarray] = {}
+        widths: dict[tuple[str, int], int] = {}
         for node, form in placement.forms.items():
             table = node.inputs[0]
             if form == "table" and table is not None:
@@ -183,21 +215,25 @@ class Quantize(Pass):
             if linear is None or weight is None or linear.weight_index != 1:
                 continue
             value, axis = node.inputs[1], weight_axis(node)
+            bits = SAFE_BITS if node in reduced else self.bits
             stored_bias = form == "static" and not is_op(node, "MatMul")
             found = symmetric_scales(
                 weight,
                 axis,
-                self.bits,
+                bits,
                 linear.bias() if stored_bias else None,
                 _input_scale(linear.data, placement, scale_of),
             )
             assert value is not None
             key = (value.name or "", axis)
             scales[key] = np.maximum(scales[key], found) if key in scales else found
-        return [
-            TensorPlan(name, "weight", self.bits, True, axis, tuple(map(float, found)), (0,) * found.size, "weights")
-            for (name, axis), found in scales.items()
-        ]
+            widths[key] = min(widths.get(key, bits), bits)
+        plans: list[TensorPlan] = []
+        for key, found in scales.items():
+            (name, axis), bits = key, widths.get(key, self.bits)
+            scale = tuple(map(float, found))
+            plans.append(TensorPlan(name, "weight", bits, True, axis, scale, (0,) * found.size, "weights"))
+        return plans
 
 
 def _stored(value: ir.Value) -> np.ndarray:

@@ -22,7 +22,8 @@ class TensorPlan:
     Attributes:
         name: value or initializer in the float model.
         role: "activation", "weight" (of a linear operator) or "constant" (operand of an elementwise operator).
-        bits: width of the integers; those narrower than 8 bits are stored in 8.
+        bits: width of the integers; those narrower than 8 bits are stored in 8. Weights have 7 where a kernel
+            would saturate (`Quantize.weight_range`).
         signed: int8 rather than uint8.
         axis: axis along which scales differ, None for one scale.
         scale: one float32 scale, or one for each position on `axis`; > 0.

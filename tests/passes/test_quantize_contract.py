@@ -120,8 +120,8 @@ def test_computed_weights_are_declined() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"ranges": "best"}, {"form": "fp8"}, {"percentile": 10.0}, {"bits": 9}],
-    ids=["ranges", "form", "percentile", "bits"],
+    [{"ranges": "best"}, {"form": "fp8"}, {"percentile": 10.0}, {"bits": 9}, {"weight_range": "wide"}],
+    ids=["ranges", "form", "percentile", "bits", "weight_range"],
 )
 def test_wrong_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(GraphoptError):
