@@ -11,6 +11,7 @@ from graphopt.errors import (
     InvalidGraphError,
     LoadError,
     RecipeError,
+    SelectionError,
     TargetMissedError,
     TraceError,
     WriteError,
@@ -20,9 +21,11 @@ from graphopt.export.report import Report, Step
 from graphopt.export.verify import Verdict, compare, verify
 from graphopt.export.write import save
 from graphopt.inputs.probes import InputSpec
+from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.compare import Comparison
 from graphopt.ir.diff import GraphDiff, diff
 from graphopt.ir.load import load
+from graphopt.ir.removal import mask_channels, remove_channels
 from graphopt.ir.trace import trace
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, Remark, Semantics
@@ -32,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark",
+    "ChannelGroup",
     "Comparison",
     "Context",
     "DataError",
@@ -46,6 +50,7 @@ __all__ = [
     "Remark",
     "Report",
     "Result",
+    "SelectionError",
     "Semantics",
     "Step",
     "TargetMissedError",
@@ -53,10 +58,13 @@ __all__ = [
     "Verdict",
     "WriteError",
     "benchmark",
+    "channel_groups",
     "compare",
     "diff",
     "load",
+    "mask_channels",
     "optimize",
+    "remove_channels",
     "save",
     "trace",
     "verify",

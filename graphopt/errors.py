@@ -51,6 +51,10 @@ class RecipeError(GraphoptError):
     """An unknown recipe, pass or option, or passes in an order that their contracts forbid."""
 
 
+class SelectionError(GraphoptError):
+    """Channels that are to be removed and do not exist, must stay, or are all there is on some axis."""
+
+
 class WriteError(GraphoptError):
     """An output that cannot be written. What was at the path before is untouched."""
 

@@ -20,6 +20,7 @@ from graphopt.ir.identities import remove_no_op
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.propagate import LITERAL, Facts
 from graphopt.ir.rewrite import Rewriter, constant, is_op
+from graphopt.ir.sequences import resolve_sequences
 from graphopt.ir.shapes import Probes, infer_shapes
 
 NOTES = "graphopt.notes"
@@ -56,7 +57,10 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     _lift_constants(model)
     _drop_training_mode(model)
     fold_static_sizes(model, sizes)
-    write_defaults_out(model, infer_shapes(model, sizes))
+    facts = infer_shapes(model, sizes)
+    if resolve_sequences(model, facts):
+        facts = infer_shapes(model, sizes)
+    write_defaults_out(model, facts)
     Rewriter(model).until_stable(remove_no_op, "remove no-op", lambda what, why, where: None)
     _drop_zero_biases(model)
     _clean(

@@ -8,7 +8,7 @@ constants that shape arithmetic produces. What two choices of the symbols (two p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError, tensor_
 
 MAXIMUM_CONSTANT_ELEMENTS = 4096
 """Larger values are data, not shape arithmetic, and are not tracked."""
+_MOST_FLOATS = 64
+"""Floats that a size may depend on are scales of a Resize and bounds of a Range; larger constants are weights."""
 DEFAULT_SIZE = 2
 """Elements of a symbolic dimension that nobody gave a size. Never 1: broadcasting would be ambiguous."""
 LITERAL = "graphopt.literal"
@@ -122,13 +124,21 @@ def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
     return tuple(shape)
 
 
-def propagate(model: ir.Model, sizes: Mapping[str, int] | None = None, *, table: OpTable | None = None) -> Facts:
+def propagate(
+    model: ir.Model,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    table: OpTable | None = None,
+    before: BeforeNode | None = None,
+) -> Facts:
     """Infer concrete shapes and known constants, node by node, subgraphs included.
 
     Args:
         model: any model whose nodes are sorted; it is not changed.
         sizes: elements of each symbolic input dimension by name (see `dimension_name`); 2 where not given.
         table: op rows whose `shape` column fills in what `onnx.shape_inference` cannot infer.
+        before: called with each node before it is inferred. It may change the node, and insert nodes before it,
+            which it infers by itself.
 
     Example:
         >>> model = ir.from_onnx_text(
@@ -140,17 +150,30 @@ def propagate(model: ir.Model, sizes: Mapping[str, int] | None = None, *, table:
         >>> facts.shape(model.graph.outputs[0])
         (4, 3)
     """
-    return _Propagation(model, dict(sizes or {}), table or default_table()).run()
+    return Propagation(model, dict(sizes or {}), table or default_table(), before).run()
 
 
-class _Propagation:
-    def __init__(self, model: ir.Model, sizes: Mapping[str, int], table: OpTable) -> None:
-        self.model, self.sizes, self.table = model, sizes, table
+class Propagation:
+    """One propagation under way.
+
+    Attributes:
+        model: the model.
+        sizes: elements of the symbolic dimensions.
+        table: op rows.
+        facts: what is known so far.
+    """
+
+    def __init__(
+        self, model: ir.Model, sizes: Mapping[str, int], table: OpTable, before: BeforeNode | None = None
+    ) -> None:
+        self.model, self.sizes, self.table, self.before = model, sizes, table, before
+        self._inferred: dict[tuple[Any, ...], tuple[dict[int, Shape], dict[int, ir.DataType], str | None]] = {}
         self.facts = Facts()
         self.opsets = dict(model.opset_imports)
         self.imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
 
     def run(self) -> Facts:
+        """Infer everything."""
         for value in self.model.graph.inputs:
             if value.dtype is not None:
                 self.facts.dtypes[value] = value.dtype
@@ -162,18 +185,26 @@ class _Propagation:
 
     def _graph(self, graph: ir.Graph) -> None:
         for value in graph.initializers.values():
-            if value.const_value is not None:
-                self.facts.shapes[value] = tensor_shape(value.const_value)
-                self.facts.dtypes[value] = value.const_value.dtype
-                if value.const_value.dtype.is_floating_point():
-                    if value.const_value.size > 1:
-                        self.facts.from_weights.add(value)
-                    elif not value.meta.get(LITERAL):
-                        self.facts.from_scalars.add(value)
+            self.initializer(value)
         for node in graph:
-            self._node(node)
+            if self.before is not None:
+                self.before(node, self)
+            self.node(node)
 
-    def _node(self, node: ir.Node) -> None:
+    def initializer(self, value: ir.Value) -> None:
+        """Take note of an initializer."""
+        if value.const_value is None:
+            return
+        self.facts.shapes[value] = tensor_shape(value.const_value)
+        self.facts.dtypes[value] = value.const_value.dtype
+        if value.const_value.dtype.is_floating_point():
+            if value.const_value.size > 1:
+                self.facts.from_weights.add(value)
+            elif not value.meta.get(LITERAL):
+                self.facts.from_scalars.add(value)
+
+    def node(self, node: ir.Node) -> None:
+        """Infer one node, its inputs being known."""
         facts = self.facts
         self._descend(node)
         subgraphs = [attribute for attribute in node.attributes.values() if _holds_graphs(attribute)]
@@ -314,6 +345,7 @@ class _Propagation:
             return {}
         types: dict[str, onnx.TypeProto] = {}
         data: dict[str, onnx.TensorProto] = {}
+        seen: list[Any] = []
         for index, value in enumerate(node.inputs):
             if value is None:
                 continue
@@ -321,33 +353,59 @@ class _Propagation:
             if proto is None:
                 return {}
             types[f"i{index}"] = proto
-            constant = self.facts.constant(value) if self._is_small(value) else None
-            if constant is not None and constant.dtype.kind in "iufb":
+            constant = self._decides_shape(value)
+            if constant is not None:
                 data[f"i{index}"] = onnx.numpy_helper.from_array(constant)
+            seen.append((self.facts.dtypes.get(value, value.dtype), self.facts.shape(value)))
+            seen.append(None if constant is None else (constant.dtype.str, constant.tobytes()))
+        bare = _bare_node(node)
+        key = (bare.SerializeToString(deterministic=True), *seen)
+        if key not in self._inferred:
+            self._inferred[key] = self._ask_onnx(schema, bare, types, data)
+        shapes, dtypes, error = self._inferred[key]
+        if error is not None:
+            self.facts.conflicts.append((node, error))
+        for index, dtype in dtypes.items():
+            self.facts.dtypes[node.outputs[index]] = dtype
+        return shapes
+
+    def _ask_onnx(
+        self,
+        schema: onnx.defs.OpSchema,
+        node: onnx.NodeProto,
+        types: Mapping[str, onnx.TypeProto],
+        data: Mapping[str, onnx.TensorProto],
+    ) -> tuple[dict[int, Shape], dict[int, ir.DataType], str | None]:
+        """Shapes and element types of the outputs, or the message of the refusal. Repeated layers ask once."""
         try:
             found = onnx.shape_inference.infer_node_outputs(
-                schema,
-                _bare_node(node),
-                types,
-                data,
-                opset_imports=self.imports,
-                ir_version=self.model.ir_version,
+                schema, node, dict(types), dict(data), opset_imports=self.imports, ir_version=self.model.ir_version
             )
         except Exception as error:  # InferenceError is not exported under one stable name
-            self.facts.conflicts.append((node, str(error)))
-            return {}
+            return {}, {}, str(error)
         shapes: dict[int, Shape] = {}
-        for index in range(len(node.outputs)):
+        dtypes: dict[int, ir.DataType] = {}
+        for index in range(len(node.output)):
             proto = found.get(f"o{index}")
             if proto is None or not proto.HasField("tensor_type"):
                 continue
             if proto.tensor_type.elem_type:
-                self.facts.dtypes[node.outputs[index]] = ir.DataType(proto.tensor_type.elem_type)
+                dtypes[index] = ir.DataType(proto.tensor_type.elem_type)
             if proto.tensor_type.HasField("shape"):
                 dimensions = proto.tensor_type.shape.dim
                 if all(dimension.HasField("dim_value") for dimension in dimensions):
                     shapes[index] = tuple(dimension.dim_value for dimension in dimensions)
-        return shapes
+        return shapes, dtypes, None
+
+    def _decides_shape(self, value: ir.Value) -> np.ndarray | None:
+        """The constant behind an operand, where it may be one that sizes depend on: integers, and a few floats."""
+        shape = self.facts.shape(value)
+        dtype = self.facts.dtypes.get(value, value.dtype)
+        if shape is None or dtype is None:
+            return None
+        most = MAXIMUM_CONSTANT_ELEMENTS if dtype.is_integer() else _MOST_FLOATS
+        constant = self.facts.constant(value) if int(np.prod(shape)) <= most else None
+        return constant if constant is not None and constant.dtype.kind in "iufb" else None
 
     def _is_small(self, value: ir.Value) -> bool:
         shape = self.facts.shape(value)
@@ -369,6 +427,8 @@ class _Propagation:
                 self._graph(graph)
             outputs = [[self.facts.shape(value) for value in graph.outputs] for graph in graphs.values()]
             self._agree(node.outputs, outputs)
+            for graph in graphs.values():
+                self._pass_types(graph.outputs, node.outputs)
             return
         body = graphs.get("body")
         if body is None:
@@ -376,6 +436,7 @@ class _Propagation:
         self._bind_body(node, body)
         self._graph(body)
         found = [self.facts.shape(value) for value in body.outputs]
+        self._pass_types(body.outputs[1:] if node.op_type == "Loop" else body.outputs, node.outputs)
         if node.op_type == "Loop":
             carried = len(node.inputs) - 2
             trip = self.facts.constant(node.inputs[0])
@@ -394,6 +455,13 @@ class _Propagation:
             ]
             self._agree(node.outputs, [[*found[:states], *stacked]])
 
+    def _pass_types(self, sources: Sequence[ir.Value | None], values: Sequence[ir.Value]) -> None:
+        """Element types of values that enter or leave a subgraph, where the model does not declare them."""
+        for source, value in zip(sources, values, strict=False):
+            dtype = None if source is None else self.facts.dtypes.get(source, source.dtype)
+            if dtype is not None:
+                self.facts.dtypes.setdefault(value, dtype)
+
     def _bind_body(self, node: ir.Node, body: ir.Graph) -> None:
         if node.op_type == "Loop":
             sources: list[Shape | None] = [(), ()]
@@ -406,6 +474,7 @@ class _Propagation:
             for value, axis in zip(node.inputs[states:], axes, strict=True):
                 shape = self.facts.shape(value)
                 sources.append(None if shape is None else tuple(np.delete(shape, axis).tolist()))
+        self._pass_types(node.inputs, body.inputs)
         for value, shape in zip(body.inputs, sources, strict=False):
             if value.dtype is not None:
                 self.facts.dtypes[value] = value.dtype
@@ -428,6 +497,10 @@ class _Propagation:
                 declared = self._declared(value)
                 if declared is not None:
                     self.facts.shapes[value] = declared
+
+
+BeforeNode = Callable[[ir.Node, Propagation], None]
+"""Called with a node that is about to be inferred."""
 
 
 def _inserted(shape: Shape, axis: int, size: int) -> Shape:

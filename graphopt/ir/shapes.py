@@ -86,20 +86,23 @@ class Probes:
                 return sizes
         return None
 
-    def votes(self) -> list[Facts]:
-        """Probes that must agree before something counts as static.
+    def vote_sizes(self) -> list[dict[str, int]]:
+        """Sizes of the symbols at which probes must agree before something counts as static.
 
         The first sizes and twice those; sizes that are no multiples; much smaller ones, because a model that was
         exported at its maximum clamps everything above; much larger ones, because windows round everything below up.
         """
-        found = [self.first, self.second]
+        found = [self.base, self.doubled(self.base.keys())]
         if not self.symbols:
             return found
         other = self.off_corners()
-        found += [] if other is None else [self.at(other)]
         smaller = {name: max(size // _SPAN, min(size, 2)) for name, size in self.base.items()}
         larger = {name: size * _SPAN + 1 for name, size in self.base.items()}
-        return [*found, self.at(self._follow(smaller)), self.at(self._follow(larger))]
+        return [*found, *([] if other is None else [other]), self._follow(smaller), self._follow(larger)]
+
+    def votes(self) -> list[Facts]:
+        """What is true at each of `vote_sizes`."""
+        return [self.at(sizes) for sizes in self.vote_sizes()]
 
     def _follow(self, sizes: dict[str, int]) -> dict[str, int]:
         """Symbols that are expressions of others get the size that these give them."""
@@ -132,6 +135,9 @@ def infer_shapes(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Fac
     probes = Probes(model, sizes)
     namer, votes = _Namer(probes), probes.votes()
     for graph in model.graphs():
+        if graph is not model.graph:
+            for value in graph.inputs:
+                _write_shape(value, votes, namer)
         for node in graph:
             for value in node.outputs:
                 _write_shape(value, votes, namer)

@@ -1,4 +1,4 @@
-"""Laws of every exact pass over every model of the zoo: same function, same interface, nothing to do twice."""
+"""Laws of every exact pass over the core of the zoo: same function, same interface, nothing to do twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphopt.ir.fingerprint import fingerprint
 from graphopt.ir.session import open_session
 from graphopt.passes import ALL_PASSES, Context, Semantics
 from graphopt.recipe import preset
-from tests.zoo.models import NAMES, zoo_feeds, zoo_model
+from tests.zoo.models import CORE, zoo_feeds, zoo_model
 
 EXACT = sorted(name for name, kind in ALL_PASSES.items() if kind.semantics is Semantics.EXACT)
 pytestmark = pytest.mark.torch
@@ -26,7 +26,7 @@ def outputs(model: ir.Model, *, optimized: bool, scale: int) -> list[np.ndarray]
     return open_session(model, optimized=optimized).run_feeds(zoo_feeds(model, scale=scale))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CORE)
 def test_each_pass_alone_keeps_function_and_interface(name: str) -> None:
     model = zoo_model(name)
     expected = {scale: outputs(model, optimized=False, scale=scale) for scale in (1, 2)}
@@ -41,7 +41,7 @@ def test_each_pass_alone_keeps_function_and_interface(name: str) -> None:
             assert within_exact(reference, outputs(changed, optimized=True, scale=scale)), (pass_name, scale)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CORE)
 def test_the_whole_recipe_keeps_the_function_and_is_idempotent(name: str) -> None:
     model = zoo_model(name)
     before = interface(model)
@@ -57,7 +57,7 @@ def test_the_whole_recipe_keeps_the_function_and_is_idempotent(name: str) -> Non
         assert within_exact(outputs(model, optimized=False, scale=scale), outputs(result, optimized=True, scale=scale))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CORE)
 def test_tensors_of_the_input_are_never_written_to(name: str) -> None:
     model = zoo_model(name)
     before = {key: value.const_value.numpy().copy() for key, value in model.graph.initializers.items()}
@@ -69,7 +69,7 @@ def test_tensors_of_the_input_are_never_written_to(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CORE)
 def test_batchnorm_is_gone_where_a_linear_operator_is_near(name: str) -> None:
     model = zoo_model(name)
     for single in preset("exact").passes:

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-
-def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)
-    )
+from tests.zoo.blocks import conv_bn, image
+from tests.zoo.entry import Entry
 
 
 class Residual(nn.Module):
@@ -199,3 +196,32 @@ class Conv1d3d(nn.Module):
 
     def forward(self, sound: Tensor, volume: Tensor) -> dict[str, Tensor]:
         return {"sound": self.norm1(self.one(sound)).tanh(), "volume": F.elu(self.norm3(self.three(volume)))}
+
+
+ENTRIES = {
+    "resnet": Entry(ResNet, image(), "residual adds, with and without a convolution in the shortcut", ({0: "batch"},)),
+    "mobilenet-v2": Entry(
+        lambda: MobileNet(nn.ReLU6(), False),
+        image(),
+        "depthwise convolution between expansion and projection",
+        ({0: "batch"},),
+    ),
+    "mobilenet-v3": Entry(
+        lambda: MobileNet(nn.Hardswish(), True), image(), "squeeze-and-excitation on a depthwise stream, HardSwish"
+    ),
+    "efficientnet": Entry(lambda: MobileNet(nn.SiLU(), True), image(), "squeeze-and-excitation, SiLU"),
+    "convnext": Entry(ConvNeXt, image(), "LayerNorm and linear layers over channels moved last, layer scale"),
+    "densenet": Entry(DenseNet, image(), "concatenation of all earlier outputs, BatchNorm first", ({0: "batch"},)),
+    "inception": Entry(Inception, image(), "concatenation of parallel branches"),
+    "repvgg": Entry(RepVGG, image(), "sum of parallel branches, one of them only BatchNorm"),
+    "unet": Entry(UNet, image(), "ConvTranspose, skip by concatenation", ({0: "batch"},)),
+    "pixel-shuffle": Entry(
+        PixelShuffle, image(16), "channels that become pixels (DepthToSpace)", ({2: "height", 3: "width"},)
+    ),
+    "channel-shuffle": Entry(ChannelShuffle, image(16, 4), "shuffle between grouped convolutions of other group sizes"),
+    "conv-1d-3d": Entry(
+        Conv1d3d,
+        lambda: (torch.randn(2, 4, 32), torch.randn(2, 2, 4, 8, 8)),
+        "1-d and 3-d convolution, two inputs, outputs in a dict",
+    ),
+}

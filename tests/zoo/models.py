@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,100 +14,83 @@ import onnx_ir as ir
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "zoo"
 
+FILES: dict[str, tuple[str, ...]] = {
+    "convolutional": (
+        "resnet", "mobilenet-v2", "mobilenet-v3", "efficientnet", "convnext", "densenet", "inception", "repvgg",
+        "unet", "pixel-shuffle", "channel-shuffle", "conv-1d-3d",
+    ),
+    "sequential": ("vit", "bert", "llama", "swin", "recurrent", "mlp"),
+    "convnets": (
+        "resnet-padded-shortcut", "resnet-projected-shortcut", "resnet-bottleneck", "resnext", "mobilenet-v1",
+        "shufflenet-v1", "shufflenet-v2", "regnet", "vgg", "squeezenet", "ghostnet", "res2net", "dual-path", "resnest",
+        "local-response", "prelu",
+    ),
+    "gating": (
+        "selective-kernel", "cbam", "eca", "coordinate-attention", "non-local", "global-context", "glu", "gated-conv",
+        "cond-conv", "mixed-linear", "weight-norm", "weight-standardized", "hyper-conv", "depthwise-multiplier",
+        "grouped-transpose", "static-shuffle", "grouped-linear", "maxout",
+    ),
+    "detection": (
+        "fpn", "retinanet", "ssd", "yolo-c2f", "yolo-csp", "dfl-head", "hrnet", "siamese", "siamese-depthwise",
+        "deformable-grid", "raft", "centre-points",
+    ),
+    "restoration": (
+        "deeplab", "edsr", "espcn", "imdn", "space-to-depth", "kernel-prediction", "generator", "modulated-conv",
+        "unet-groupnorm", "wavenet", "unet-3d", "temporal-shift",
+    ),
+    "mixing": (
+        "swin-t", "spatial-linear", "conv-mixer", "capsules", "vector-quantizer", "net-vlad", "point-net", "graph-conv",
+        "nerf", "dlrm", "coupling-flow",
+    ),
+    "odd": (
+        "shared-thrice", "conv-and-linear", "tied-autoencoder", "parameter-output", "two-outputs", "nested-outputs",
+        "torch-cond", "scalars-only", "any-size", "word-bag", "batch-concat", "input-residual", "channels-last",
+        "bilinear-pooling", "channel-order", "low-rank", "repeated-channels", "strided-channels", "masked-channels",
+    ),
+    "graphs": (
+        "if-weights", "if-captures", "loop-weights", "loop-captures", "scan-weights", "dead-branch", "split-operators",
+        "concatenated-weight", "local-functions", "deform-conv", "roi-align", "max-unpool", "lrn-operator",
+        "quantized-conv", "quantized-linear",
+    ),
+    "transformers_vision": (),
+    "transformers_language": (),
+    "recurrent_models": (),
+}  # fmt: skip
+"""The models in each file `tests/zoo/<key>.py`, known without importing torch."""
 
-@dataclass(frozen=True)
-class Entry:
-    """One model of the zoo.
+CORE = FILES["convolutional"] + FILES["sequential"]
+"""The models that everything is tested with; the others are for the tests of structure."""
 
-    Attributes:
-        build: makes the module.
-        inputs: makes the example inputs.
-        dynamic: `dynamic_shapes` of the export, None for a static graph.
-    """
+NAMES = tuple(name for names in FILES.values() for name in names)
+"""Every model of the zoo."""
 
-    build: Callable[[], Any]
-    inputs: Callable[[], tuple[Any, ...]]
-    dynamic: Any = None
-
-
-def _entries() -> dict[str, Entry]:
-    import torch
-    from torch import nn
-
-    from tests.zoo import convolutional as c
-    from tests.zoo import sequential as s
-
-    def image(side: int = 32, channels: int = 3) -> Callable[[], tuple[Any, ...]]:
-        return lambda: (torch.randn(2, channels, side, side),)
-
-    def tokens() -> tuple[Any, ...]:
-        return (torch.randint(0, 100, (2, 12)),)
-
-    batch = {0: "batch"}
-    return {
-        "resnet": Entry(c.ResNet, image(), (batch,)),
-        "mobilenet-v2": Entry(lambda: c.MobileNet(nn.ReLU6(), False), image(), (batch,)),
-        "mobilenet-v3": Entry(lambda: c.MobileNet(nn.Hardswish(), True), image()),
-        "efficientnet": Entry(lambda: c.MobileNet(nn.SiLU(), True), image()),
-        "convnext": Entry(c.ConvNeXt, image()),
-        "densenet": Entry(c.DenseNet, image(), (batch,)),
-        "inception": Entry(c.Inception, image()),
-        "repvgg": Entry(c.RepVGG, image()),
-        "unet": Entry(c.UNet, image(), ({0: "batch"},)),
-        "pixel-shuffle": Entry(c.PixelShuffle, image(16), ({2: "height", 3: "width"},)),
-        "channel-shuffle": Entry(c.ChannelShuffle, image(16, 4)),
-        "conv-1d-3d": Entry(c.Conv1d3d, lambda: (torch.randn(2, 4, 32), torch.randn(2, 2, 4, 8, 8))),
-        "vit": Entry(s.ViT, image(), (batch,)),
-        "bert": Entry(s.Bert, tokens, ({0: "batch", 1: "sequence"},)),
-        "llama": Entry(s.Llama, tokens, ({0: "batch", 1: "sequence"},)),
-        "swin": Entry(s.Swin, image()),
-        "recurrent": Entry(s.Recurrent, lambda: (torch.randn(2, 10, 8),), (batch,)),
-        "mlp": Entry(s.Mlp, lambda: (torch.randn(4, 16),), (batch,)),
-    }
-
-
-NAMES = (
-    "resnet", "mobilenet-v2", "mobilenet-v3", "efficientnet", "convnext", "densenet", "inception", "repvgg", "unet",
-    "pixel-shuffle", "channel-shuffle", "conv-1d-3d", "vit", "bert", "llama", "swin", "recurrent", "mlp",
-)  # fmt: skip
-"""Every model of the zoo, known without importing torch."""
+_SHARED = ("entry.py", "blocks.py")
+"""Sources on which every export depends; besides these, no file of the zoo imports another one."""
+_USUAL_SIZES = {"batch": 2, "batch_size": 2, "sequence": 12, "sequence_length": 12}
+_USUAL_RANGES = {"token_type_ids": 2, "trips": 5}
+"""Integers below this number by name of the input, below 100 for all others."""
 
 
 @cache
 def _file(name: str) -> Path:
-    """The exported model; the cache key is the source of the zoo and the version of torch."""
+    """The exported model; the cache key is the source of its file and the version of torch."""
     import torch
+    from filelock import FileLock
 
-    source = b"".join(file.read_bytes() for file in sorted(HERE.glob("*.py")))
-    key = hashlib.sha256(source + torch.__version__.encode()).hexdigest()[:16]
+    module = next(file for file, names in FILES.items() if name in names)
+    sources = [(HERE / source).read_bytes() for source in (*_SHARED, f"{module}.py")]
+    key = hashlib.sha256(b"".join(sources) + torch.__version__.encode()).hexdigest()[:16]
     path = CACHE / key / f"{name}.onnx"
-    if not path.exists():
-        from graphopt.export.write import save
-        from graphopt.ir.trace import trace
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():  # another process may have exported it while this one waited
+            from graphopt.export.write import save
+            from tests.zoo.entry import export
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        entry = _entries()[name]
-        module = entry.build()
-        _fill_statistics(module)
-        with_process = path.with_name(f"{name}.{os.getpid()}.onnx")
-        save(trace(module.eval(), entry.inputs(), dynamic_shapes=entry.dynamic), with_process)
-        os.replace(with_process, path)
+            save(export(importlib.import_module(f"tests.zoo.{module}").ENTRIES[name]), path)
     return path
-
-
-def _fill_statistics(module: Any) -> None:
-    """BatchNorm as after training: statistics, scales and shifts that are not 0 and 1."""
-    import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    for part in module.modules():
-        if isinstance(part, _BatchNorm):
-            with torch.no_grad():
-                part.running_mean.uniform_(-0.5, 0.5)
-                part.running_var.uniform_(0.5, 1.5)
-                part.weight.uniform_(0.5, 1.5)
-                part.bias.uniform_(-0.5, 0.5)
 
 
 def zoo_model(name: str) -> ir.Model:
@@ -120,14 +101,30 @@ def zoo_model(name: str) -> ir.Model:
 
 
 def zoo_feeds(model: ir.Model, *, scale: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs; dynamic dimensions have 2 elements (batch), 12 (sequence) or 16 (others), times `scale`."""
+    """Random inputs; dynamic dimensions have 2 elements (batch), 12 (sequence) or 16 (others), times `scale`.
+
+    Masks (booleans, and inputs whose name ends in `mask`) are mostly true, and their first column always is.
+    """
     rng = np.random.default_rng(seed)
-    usual = {"batch": 2, "sequence": 12}
     feeds: dict[str, np.ndarray] = {}
     for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else usual.get(str(size), 16) * scale for size in value.shape or ()]
-        integer = value.dtype is not None and value.dtype.is_integer()
-        feeds[value.name or ""] = (
-            rng.integers(0, 100, shape) if integer else rng.standard_normal(shape).astype(np.float32)
-        )
+        name, dtype = value.name or "", (value.dtype or ir.DataType.FLOAT).numpy()
+        shape = [size if isinstance(size, int) else _elements(str(size), scale) for size in value.shape or ()]
+        if dtype == np.bool_ or name.endswith("mask"):
+            mask = np.array(rng.random(shape) < 0.75)
+            if mask.ndim:
+                mask[..., :1] = True
+            feeds[name] = mask.astype(dtype)
+        elif np.issubdtype(dtype, np.integer):
+            feeds[name] = rng.integers(0, _USUAL_RANGES.get(name, 100), shape).astype(dtype)
+        else:
+            feeds[name] = np.asarray(rng.standard_normal(shape)).astype(dtype)
     return feeds
+
+
+def _elements(size: str, scale: int) -> int:
+    """How large a dynamic dimension is to be; it may be an expression, as in `past + sequence`."""
+    from graphopt.ir.dimensions import evaluate
+
+    symbols = re.findall(r"[A-Za-z_]\w*", size)
+    return evaluate(size, {symbol: _USUAL_SIZES.get(symbol, 16) * scale for symbol in symbols}) or 16 * scale

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from tests.zoo.blocks import image, tokens
+from tests.zoo.entry import Entry
+
 
 class Attention(nn.Module):
     """Multi-head attention; grouped keys and values and rotary positions on request."""
@@ -149,3 +152,17 @@ class Mlp(nn.Module):
         x = self.norm(self.narrow(self.wide(x)))
         x = self.shared(F.relu(self.shared(x)))
         return self.head(x), x
+
+
+ENTRIES = {
+    "vit": Entry(ViT, image(), "patches by strided convolution, class token, attention heads", ({0: "batch"},)),
+    "bert": Entry(Bert, tokens, "embeddings, post-norm attention of torch", ({0: "batch", 1: "sequence"},)),
+    "llama": Entry(
+        Llama, tokens, "grouped queries, rotary positions, gated MLP, tied output", ({0: "batch", 1: "sequence"},)
+    ),
+    "swin": Entry(Swin, image(), "shifted windows by roll, reshape and transpose"),
+    "recurrent": Entry(Recurrent, lambda: (torch.randn(2, 10, 8),), "bidirectional LSTM, GRU", ({0: "batch"},)),
+    "mlp": Entry(
+        Mlp, lambda: (torch.randn(4, 16),), "linear layers, one of them used twice, two outputs", ({0: "batch"},)
+    ),
+}

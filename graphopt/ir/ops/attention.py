@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from graphopt.ir.ops.families import MICROSOFT, elements, no_macs, unary
+from graphopt.ir.ops.channels import attention as channels
+from graphopt.ir.ops.families import MICROSOFT, elements, no_macs, same_shape, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
 
 
@@ -97,6 +98,15 @@ def attention_macs(site: Site) -> int:
     return standard_heads(site).macs
 
 
+def attention_shape(site: Site) -> list[Shape]:
+    """Output (packed or with heads apart, as the query), present key and value, and the scores."""
+    found = standard_heads(site)
+    output, *others = found.shapes
+    if len(site.input_shape(0)) == 4:
+        output = (found.batch, found.heads, found.queries, found.value_width)
+    return [output, *others]
+
+
 def multi_head_macs(site: Site) -> int:
     """Batch x heads x queries x keys x (key width + value width)."""
     return multi_head_heads(site).macs
@@ -167,9 +177,21 @@ def _linear_sizes(site: Site) -> tuple[int, int, int, int]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    OpRow("Attention", structural=(6,), cost=attention_macs),
-    OpRow("LinearAttention", cost=linear_attention_macs),
-    *unary("RotaryEmbedding"),
+    OpRow(
+        "Attention",
+        structural=(6,),
+        cost=attention_macs,
+        channels=channels.attention,
+        repair=channels.repair_attention,
+        shape=attention_shape,
+    ),
+    OpRow(
+        "LinearAttention",
+        cost=linear_attention_macs,
+        channels=channels.linear_attention,
+        repair=channels.repair_attention,
+    ),
+    *unary("RotaryEmbedding", channels=channels.rotation, repair=channels.repair_rotation, shape=same_shape),
     OpRow(
         "Attention",
         domain=MICROSOFT,

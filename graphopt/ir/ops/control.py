@@ -6,6 +6,7 @@ A node that holds subgraphs costs nothing itself: `graphopt.ir.cost` counts the 
 
 from __future__ import annotations
 
+from graphopt.ir.ops.channels import control as channels
 from graphopt.ir.ops.families import unary
 from graphopt.ir.ops.row import OpRow, Site
 
@@ -36,9 +37,10 @@ def _scan_length(site: Site) -> int | None:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("If", structural=(0,)),
-    *unary("Loop", structural=(0, 1)),
-    *unary("Scan", "SequenceMap"),
+    *unary("If", structural=(0,), channels=channels.branching),
+    *unary("Loop", structural=(0, 1), channels=channels.looping),
+    *unary("Scan", channels=channels.scanning),
+    *unary("SequenceMap"),
     *unary("SequenceConstruct", "SequenceEmpty", "SequenceLength", "ConcatFromSequence"),
     *unary("SequenceAt", "SequenceErase", "SplitToSequence", structural=(1,)),
     *unary("SequenceInsert", structural=(2,)),

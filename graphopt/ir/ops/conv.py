@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from graphopt.ir.ops.channels import conv as channels
 from graphopt.ir.ops.families import MICROSOFT, elements
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -74,14 +75,21 @@ def window_sizes(site: Site, spatial: Sequence[int], kernel: Sequence[int]) -> S
     return tuple(sizes)
 
 
+_grouped = partial(OpRow, repair=channels.repair_groups)
+
 ROWS: tuple[OpRow, ...] = (
-    OpRow("Conv", cost=convolution_macs),
-    OpRow("ConvTranspose", cost=transposed_convolution_macs),
+    _grouped("Conv", cost=convolution_macs, channels=channels.convolution),
+    _grouped("ConvTranspose", cost=transposed_convolution_macs, channels=channels.transposed_convolution),
     # Sampling at the offsets is interpolation, and as such 0.
-    OpRow("DeformConv", cost=convolution_macs),
-    OpRow("ConvInteger", cost=convolution_macs, quantization=(2, 3)),
-    OpRow("QLinearConv", cost=partial(convolution_macs, weight=3), quantization=(1, 2, 4, 5, 6, 7)),
-    OpRow("CausalConvWithState", cost=depthwise_state_macs),
+    _grouped("DeformConv", cost=convolution_macs, channels=channels.deformable_convolution),
+    _grouped("ConvInteger", cost=convolution_macs, quantization=(2, 3), channels=channels.integer_convolution),
+    _grouped(
+        "QLinearConv",
+        cost=partial(convolution_macs, weight=3),
+        quantization=(1, 2, 4, 5, 6, 7),
+        channels=channels.quantized_convolution,
+    ),
+    OpRow("CausalConvWithState", cost=depthwise_state_macs, channels=channels.causal_convolution),
     OpRow("FusedConv", domain=MICROSOFT, cost=convolution_macs, shape=convolution_shape),
     *(
         OpRow(

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from graphopt.ir.ops.families import MICROSOFT, broadcasting, same_shape, unary
+from functools import partial
+
+from graphopt.ir.ops.channels import elementwise as channels
+from graphopt.ir.ops.channels.layout import positions
+from graphopt.ir.ops.families import MICROSOFT, broadcast, broadcasting, same_shape, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site
+
+
+def broadcast_shape(site: Site) -> list[Shape]:
+    """Broadcast of all inputs."""
+    return [broadcast(site.input_shape(index) for index in range(len(site.inputs)))]
 
 
 def halved_shape(site: Site) -> list[Shape]:
@@ -12,23 +21,38 @@ def halved_shape(site: Site) -> list[Shape]:
     return [(*shape[:-1], shape[-1] // 2)]
 
 
+_keeping = partial(unary, channels=channels.keeps_zero)
+_moving = partial(unary, channels=channels.moves_zero)
+_of_any = partial(broadcasting, channels=partial(channels.broadcast, how="any"))
+_of_none = partial(broadcasting, channels=partial(channels.broadcast, how="none"))
+_of_first = partial(broadcasting, channels=partial(channels.broadcast, how="first"))
+
 ROWS: tuple[OpRow, ...] = (
-    *unary("Abs", "Neg", "Sign", "Ceil", "Floor", "Round", "Reciprocal", "Sqrt", "Exp", "Log", "Erf"),
-    *unary("Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Tanh", "Asinh", "Acosh", "Atanh"),
-    *unary("Relu", "LeakyRelu", "ThresholdedRelu", "Elu", "Celu", "Selu", "Softplus", "Softsign", "Shrink"),
-    *unary("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Gelu", "Clip"),
-    *unary("IsInf", "IsNaN", "Not", "BitwiseNot", "Identity", "Cast", "BitCast"),
+    *_keeping("Abs", "Neg", "Sign", "Ceil", "Floor", "Round", "Sqrt", "Erf"),
+    *_keeping("Sin", "Tan", "Asin", "Atan", "Sinh", "Tanh", "Asinh", "Atanh"),
+    *_keeping("Relu", "LeakyRelu", "ThresholdedRelu", "Elu", "Celu", "Selu", "Softsign", "Shrink"),
+    *_keeping("HardSwish", "Swish", "Mish", "Gelu", "Identity", "Cast", "BitCast"),
+    *_moving("Exp", "Cos", "Acos", "Cosh", "Softplus", "Sigmoid", "HardSigmoid", "IsInf", "IsNaN", "Not", "BitwiseNot"),
+    *unary("Reciprocal", "Log", "Acosh", channels=channels.singular),
+    *unary("Clip", channels=channels.clip),
     # The second input of CastLike gives a type only.
-    *unary("CastLike", structural=(1,)),
-    *unary("Dropout", structural=(1, 2)),
-    *unary("RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
-    *unary("RandomNormal", "RandomUniform"),
-    *broadcasting("Add", "Sub", "Mul", "Div", "Mod", "Pow", "PRelu", "SwiGLU"),
-    *broadcasting("Sum", "Mean", "Max", "Min", "Where"),
-    *broadcasting("And", "Or", "Xor", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
-    *broadcasting("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
-    *unary("Gelu", "FastGelu", "QuickGelu", "ScaledSiLU", "BiasAdd", domain=MICROSOFT),
-    *broadcasting("BiasGelu", "ComplexMul", "ComplexMulConj", domain=MICROSOFT),
+    *_keeping("CastLike", structural=(1,)),
+    *unary("Dropout", structural=(1, 2), channels=channels.dropout),
+    *_moving("RandomNormalLike", "RandomUniformLike", "Bernoulli"),
+    *unary("Multinomial"),
+    *unary("RandomNormal", "RandomUniform", channels=positions),
+    *broadcasting("Add", "Sub", "Sum", "Mean", "Max", "Min"),
+    *_of_any("Mul", "And", "SwiGLU", "BitwiseAnd"),
+    *broadcasting("Div", channels=channels.divide),
+    *broadcasting("Pow", channels=channels.power),
+    *broadcasting("Where", channels=channels.where),
+    *_of_first("PRelu", "BitShift"),
+    *_of_none("Mod", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+    *broadcasting("Or", "Xor", "BitwiseOr", "BitwiseXor"),
+    *_keeping("Gelu", "FastGelu", "QuickGelu", "ScaledSiLU", domain=MICROSOFT),
+    *unary("BiasAdd", domain=MICROSOFT, channels=channels.broadcast),
+    *broadcasting("BiasGelu", domain=MICROSOFT),
+    *unary("ComplexMul", "ComplexMulConj", domain=MICROSOFT, shape=broadcast_shape),
     *unary("BiasSplitGelu", domain=MICROSOFT, shape=halved_shape),
     *unary("BiasDropout", domain=MICROSOFT, structural=(3, 4), shape=same_shape),
 )

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from graphopt.ir.ops.row import OpRow, Shape, ShapeRule, Site
+from graphopt.ir.ops.channels.elementwise import broadcast as broadcast_channels
+from graphopt.ir.ops.row import ChannelsRule, OpRow, RepairRule, Shape, ShapeRule, Site
 
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators, which its graph optimizer and quantizers put into files."""
@@ -30,6 +31,8 @@ def unary(
     reads_all: bool = True,
     shape: ShapeRule | None = None,
     element_type: int | ir.DataType = 0,
+    channels: ChannelsRule | None = None,
+    repair: RepairRule | None = None,
 ) -> tuple[OpRow, ...]:
     """Rows of ops whose output is computed from input 0 without a contraction: 0 MACs.
 
@@ -50,6 +53,8 @@ def unary(
             cost=no_macs,
             shape=rule,
             element_type=element_type,
+            channels=channels,
+            repair=repair,
         )
         for name in names
     )
@@ -60,6 +65,7 @@ def broadcasting(
     domain: str = "",
     operands: tuple[int, ...] | None = None,
     quantization: tuple[int, ...] = (),
+    channels: ChannelsRule = broadcast_channels,
 ) -> tuple[OpRow, ...]:
     """Rows of ops that combine their operands position by position under ONNX broadcasting: 0 MACs.
 
@@ -68,6 +74,7 @@ def broadcasting(
         domain: operator domain; outside the standard one the rows carry a shape rule.
         operands: indices of the inputs that are broadcast together; None for all of them.
         quantization: indices of the scales and zero points.
+        channels: see `OpRow`; by default all operands must be 0 for the result to be.
     """
 
     def shape(site: Site) -> list[Shape]:
@@ -75,7 +82,10 @@ def broadcasting(
         return [broadcast(site.input_shape(index) for index in indices)]
 
     rule = None if domain == "" else shape
-    return tuple(OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization) for name in names)
+    return tuple(
+        OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization, channels=channels)
+        for name in names
+    )
 
 
 def uncounted(*names: str, domain: str = "", structural: tuple[int, ...] = ()) -> tuple[OpRow, ...]:

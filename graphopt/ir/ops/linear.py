@@ -9,6 +9,7 @@ from functools import partial
 
 import onnx_ir as ir
 
+from graphopt.ir.ops.channels import linear as channels
 from graphopt.ir.ops.einsum import einsum_macs
 from graphopt.ir.ops.families import MICROSOFT, broadcast, elements
 from graphopt.ir.ops.row import CostRule, OpRow, Shape, ShapeRule, Site
@@ -98,11 +99,11 @@ def _products(
 
 
 ROWS: tuple[OpRow, ...] = (
-    OpRow("MatMul", cost=matmul_macs),
-    OpRow("Gemm", cost=gemm_macs),
-    OpRow("Einsum", cost=einsum_macs),
-    OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3)),
-    OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7)),
+    OpRow("MatMul", cost=matmul_macs, channels=channels.matmul),
+    OpRow("Gemm", cost=gemm_macs, channels=channels.gemm),
+    OpRow("Einsum", cost=einsum_macs, channels=channels.einsum),
+    OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3), channels=channels.integer_matmul),
+    OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7), channels=channels.quantized_matmul),
     *_products("GemmFastGelu"),
     *_products("MatMulInteger16", element_type=ir.DataType.INT32),
     *_products("DynamicQuantizeMatMul", quantization=(2, 3)),

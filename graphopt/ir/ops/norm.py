@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from graphopt.ir.ops.channels import norm as channels
 from graphopt.ir.ops.families import MICROSOFT, no_macs, same_shape, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -23,18 +24,35 @@ def embedding_normalization_shape(site: Site, table: int) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("BatchNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization"),
-    # Function ops whose bodies defeat onnx.shape_inference.
-    *unary("GroupNormalization", "MeanVarianceNormalization", shape=same_shape),
+    *unary("BatchNormalization", channels=channels.batch_normalization),
+    *unary("InstanceNormalization", channels=channels.instance_normalization),
+    *unary("LayerNormalization", "RMSNormalization", channels=channels.layer_normalization),
+    # Function ops whose bodies defeat onnx.shape_inference. Before opset 21 there was one scale a group.
+    *unary("GroupNormalization", shape=same_shape),
+    OpRow(
+        "GroupNormalization",
+        since=21,
+        cost=no_macs,
+        shape=same_shape,
+        channels=channels.group_normalization,
+        repair=channels.repair_group_normalization,
+    ),
+    *unary("MeanVarianceNormalization", shape=same_shape, channels=channels.mean_variance_normalization),
     # onnxruntime's name for RMSNormalization before opset 23; it lives in the standard domain.
-    *unary("SimplifiedLayerNormalization", shape=same_shape),
-    *unary("LRN", "LpNormalization", "Softmax", "LogSoftmax", "Hardmax"),
+    *unary("SimplifiedLayerNormalization", shape=same_shape, channels=channels.layer_normalization),
+    *unary("LRN", channels=channels.local_response_normalization),
+    *unary("LpNormalization", channels=channels.norm_division),
+    *unary("Softmax", "LogSoftmax", "Hardmax", channels=channels.softmax),
     *unary("GroupNorm", "SkipGroupNorm", "GatedRMSNorm", "BranchwiseRMSNorm", "BiasSoftmax", domain=MICROSOFT),
-    *unary(
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-        domain=MICROSOFT,
-        shape=skip_normalization_shape,
+    *(
+        OpRow(
+            name,
+            domain=MICROSOFT,
+            cost=no_macs,
+            shape=skip_normalization_shape,
+            channels=partial(channels.skip_layer_normalization, bias=bias),
+        )
+        for name, bias in (("SkipLayerNormalization", 4), ("SkipSimplifiedLayerNormalization", 3))
     ),
     OpRow(
         "EmbedLayerNormalization",

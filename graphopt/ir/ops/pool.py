@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from graphopt.ir.ops.channels import pool as channels
 from graphopt.ir.ops.conv import window_sizes
 from graphopt.ir.ops.families import MICROSOFT, no_macs, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
@@ -51,9 +52,9 @@ def crop_and_resize_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("AveragePool", "MaxPool", "LpPool"),
-    *unary("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"),
-    *unary("MaxRoiPool", "RoiAlign"),
+    *unary("AveragePool", "MaxPool", "LpPool", channels=channels.pooling),
+    *unary("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", channels=channels.pooling),
+    *unary("MaxRoiPool", "RoiAlign", channels=channels.region_pooling),
     OpRow("MaxUnpool", structural=(2,), cost=no_macs, shape=unpool_shape),
     *unary("QLinearAveragePool", domain=MICROSOFT, shape=pool_shape, quantization=(1, 2, 3, 4)),
     *unary("QLinearGlobalAveragePool", domain=MICROSOFT, shape=global_pool_shape, quantization=(1, 2, 3, 4)),

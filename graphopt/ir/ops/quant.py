@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt.ir.ops.channels import quant as channels
 from graphopt.ir.ops.families import MICROSOFT, broadcast, no_macs, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -48,8 +49,8 @@ def gathered_blocks_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("QuantizeLinear", "DequantizeLinear", quantization=(1, 2)),
-    *unary("DynamicQuantizeLinear"),
+    *unary("QuantizeLinear", "DequantizeLinear", quantization=(1, 2), channels=channels.quantization),
+    *unary("DynamicQuantizeLinear", channels=channels.dynamic_quantization),
     *unary("QuantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=2),
     *unary("DequantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=1),
     *unary("QLinearAdd", "QLinearMul", domain=MICROSOFT, shape=binary_shape, quantization=(1, 2, 4, 5, 6, 7)),

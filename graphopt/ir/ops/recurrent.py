@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from graphopt.ir.ops.channels.recurrent import recurrence, repair_hidden_size
 from graphopt.ir.ops.families import MICROSOFT, elements
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -28,9 +29,14 @@ def recurrent_shape(site: Site, states: int) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    OpRow("LSTM", structural=(4,), cost=recurrent_macs),
-    OpRow("GRU", structural=(4,), cost=recurrent_macs),
-    OpRow("RNN", structural=(4,), cost=recurrent_macs),
+    *(
+        OpRow(name, structural=(4,), cost=recurrent_macs, channels=rule, repair=repair_hidden_size)
+        for name, rule in (
+            ("LSTM", partial(recurrence, gates=4, biases=8, peepholes=3)),
+            ("GRU", partial(recurrence, gates=3, biases=6)),
+            ("RNN", partial(recurrence, gates=1, biases=2)),
+        )
+    ),
     OpRow(
         "DynamicQuantizeLSTM",
         domain=MICROSOFT,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 
+from graphopt.ir.ops.channels import reduce as channels
 from graphopt.ir.ops.families import MICROSOFT, unary, uncounted
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -23,10 +26,31 @@ def scalar_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", structural=(1,)),
-    *unary("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare", structural=(1,)),
-    *unary("ArgMax", "ArgMin"),
-    *unary("CumSum", "CumProd", "TopK", structural=(1,)),
+    *unary(
+        "ReduceSum",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceSumSquare",
+        structural=(1,),
+        channels=partial(channels.reduction, skips_zero=True),
+    ),
+    *unary(
+        "ReduceMean",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        structural=(1,),
+        channels=partial(channels.reduction, skips_zero=False),
+    ),
+    *unary(
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        structural=(1,),
+        channels=partial(channels.reduction, skips_zero=False, keeps_zero=False),
+    ),
+    *unary("ArgMax", "ArgMin", channels=channels.ranking),
+    *unary("TopK", structural=(1,), channels=partial(channels.ranking, axis=-1, outputs=2)),
+    *unary("CumSum", "CumProd", structural=(1,), channels=channels.cumulative),
     *unary("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
     # A determinant is an elimination, whose count is the implementation's.
     *uncounted("Det"),

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
+
+if TYPE_CHECKING:
+    from graphopt.ir.ops.flow import ChannelSite, RepairSite
 
 Shape = tuple[int, ...]
 """A concrete shape: every dimension is a known number of elements."""
@@ -85,10 +88,13 @@ A rule reads shapes, attributes, and constants of `structural` inputs only.
 """
 ShapeRule = Callable[[Site], Sequence[Shape]]
 """Shapes of the outputs, for the ops that `onnx.shape_inference` cannot infer node by node."""
-ChannelsRule = Callable[..., Any]
-"""Unifies the labels of axis positions that are the same channel (issue "dependency engine")."""
-RepairRule = Callable[..., Any]
-"""Attributes and shape constants to rewrite once axes have shrunk (issue "dependency engine")."""
+ChannelsRule = Callable[["ChannelSite"], None]
+"""Says which positions of the axes around a node are the same channel, and gives its results their axes.
+
+Axes of inputs that the rule does not take are frozen. A rule that cannot account for a node raises `OpaqueError`.
+"""
+RepairRule = Callable[["RepairSite"], None]
+"""Rewrites the attributes and size operands of a node once axes around it have shrunk."""
 TorchRule = Callable[..., Any]
 """The differentiable torch function of the op (issue "lift")."""
 

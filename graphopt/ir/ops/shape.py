@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from graphopt.ir.ops.channels import index, layout, pool
 from graphopt.ir.ops.families import MICROSOFT, elements, no_macs, unary
 from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
 
@@ -84,36 +85,57 @@ def grid_sample_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("Reshape", "Squeeze", "Unsqueeze", structural=(1,)),
-    *unary("Flatten", "Transpose", "Concat", "DepthToSpace", "SpaceToDepth"),
-    *unary("Split", "Expand", "Tile", "Trilu", "CenterCropPad", "ReverseSequence", structural=(1,)),
-    *unary("Slice", structural=(1, 2, 3, 4), reads_all=False),
+    *unary("Reshape", structural=(1,), channels=layout.regrouping, repair=layout.repair_reshape),
+    *unary("Flatten", channels=layout.regrouping),
+    *unary("Squeeze", structural=(1,), channels=layout.squeezing),
+    *unary("Unsqueeze", structural=(1,), channels=layout.unsqueezing),
+    *unary("Transpose", channels=layout.transposition),
+    *unary("Concat", channels=index.concatenation),
+    *unary("DepthToSpace", channels=layout.depth_to_space),
+    *unary("SpaceToDepth", channels=layout.space_to_depth),
+    *unary("Split", structural=(1,), channels=index.splitting, repair=index.repair_split),
+    *unary("Expand", structural=(1,), channels=layout.expansion, repair=layout.repair_expand),
+    *unary("Tile", structural=(1,), channels=layout.tiling, repair=layout.repair_tile),
+    *unary("Trilu", structural=(1,), channels=layout.diagonal),
+    *unary("CenterCropPad", structural=(1,), channels=pool.resampling, repair=pool.repair_crop),
+    *unary("ReverseSequence", structural=(1,), channels=layout.reversal),
+    *unary("Slice", structural=(1, 2, 3, 4), reads_all=False, channels=index.slicing, repair=index.repair_slice),
     # Input 2 is the value of the border: data, not structure.
-    *unary("Pad", structural=(1, 3)),
-    *unary("Gather", "GatherElements", "GatherND", reads_all=False),
-    *unary("Scatter", "ScatterElements", "ScatterND"),
-    *unary("TensorScatter", structural=(2,)),
-    *unary("Shape", "Size", reads_all=False),
+    *unary("Pad", structural=(1, 3), channels=index.padding, repair=index.repair_pad),
+    *unary("Gather", reads_all=False, channels=index.gathering, repair=index.repair_gather),
+    *unary("GatherElements", reads_all=False, channels=index.gathering_elements),
+    *unary("GatherND", reads_all=False, channels=index.gathering_tuples),
+    *unary("Scatter", "ScatterElements", channels=index.scattering_elements),
+    *unary("ScatterND", channels=index.scattering_tuples),
+    *unary("TensorScatter", structural=(2,), channels=index.cache_update),
+    *unary("Shape", "Size", reads_all=False, channels=layout.sizes_only),
     *unary("Constant"),
-    *unary("ConstantOfShape", structural=(0,)),
-    *unary("EyeLike", reads_all=False),
-    OpRow("Range", structural=(0, 1, 2), cost=no_macs, shape=range_shape),
-    OpRow("OneHot", structural=(1,), cost=no_macs, shape=one_hot_shape),
+    *unary("ConstantOfShape", structural=(0,), channels=layout.filled, repair=layout.repair_filled),
+    *unary("EyeLike", reads_all=False, channels=layout.positions),
+    OpRow("Range", structural=(0, 1, 2), cost=no_macs, shape=range_shape, channels=layout.positions),
+    OpRow("OneHot", structural=(1,), cost=no_macs, shape=one_hot_shape, channels=index.one_hot),
     OpRow("Compress", reads_all=False, cost=no_macs, shape=compress_shape),
     OpRow("NonZero", cost=no_macs, shape=non_zero_shape),
     *unary("Unique"),
     *unary("NonMaxSuppression", structural=(2, 3, 4)),
     # Interpolation: fixed weights on few neighbours, 0 by convention.
-    *unary("Resize", structural=(1, 2, 3)),
-    *unary("Upsample", structural=(1,)),
-    *unary("GridSample"),
+    *unary("Resize", structural=(1, 2, 3), channels=pool.resampling, repair=pool.repair_resize),
+    *unary("Upsample", structural=(1,), channels=pool.resampling),
+    *unary("GridSample", channels=pool.grid_sampling),
     OpRow("AffineGrid", structural=(1,), cost=affine_grid_macs),
-    *unary("Col2Im", structural=(1, 2)),
+    *unary("Col2Im", structural=(1, 2), channels=pool.column_to_image),
     *unary("Pad", domain=MICROSOFT, structural=(1,), shape=padded_shape),
     *unary("ExpandDims", domain=MICROSOFT, structural=(1,), shape=inserted_axis_shape),
     *unary("Range", domain=MICROSOFT, structural=(0, 1, 2), shape=range_shape),
     *unary("Trilu", domain=MICROSOFT, structural=(1,)),
     *unary("GatherND", domain=MICROSOFT, reads_all=False, shape=gathered_rows_shape),
-    *unary("TorchEmbedding", domain=MICROSOFT, structural=(2, 3), reads_all=False, shape=embedding_shape),
+    *unary(
+        "TorchEmbedding",
+        domain=MICROSOFT,
+        structural=(2, 3),
+        reads_all=False,
+        shape=embedding_shape,
+        channels=index.embedding_bag,
+    ),
     *unary("GridSample", domain=MICROSOFT, shape=grid_sample_shape),
 )

@@ -1,0 +1,359 @@
+"""Removing channels, and the masked reference that removal is held against.
+
+Removal slices initializers along their labelled axes, lets the `repair` column of the op table rewrite attributes
+and size operands, infers every shape anew at all probes and compares it with what the labels say. There is no code
+for any layer type here. The model that is passed in never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import gcd
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import InvalidGraphError
+from graphopt.ir.channel_analysis import ChannelAnalysis, nodes_below
+from graphopt.ir.channels import ChannelGroups, Selection, channel_groups
+from graphopt.ir.ops.channels.quant import zero_point_of
+from graphopt.ir.ops.flow import OpaqueError, RepairSite
+from graphopt.ir.propagate import Facts, Propagation, propagate
+from graphopt.ir.rewrite import Rewriter, discard_if_unread
+
+
+def remove_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroups | None = None) -> ir.Model:
+    """A new model without the selected units; equal to `mask_channels` of the same selection for exact groups.
+
+    Args:
+        model: a model in canonical form; it is not changed.
+        selection: name of a group to the indices of the units that go.
+        groups: what `channel_groups(model)` returned, where the caller has it; computed otherwise.
+
+    Returns:
+        A new canonical model. Tensors that lost nothing are shared with `model`.
+
+    Raises:
+        SelectionError: an unknown group, a unit that does not exist, a group that cannot be pruned, or a selection
+            that would leave nothing on some axis.
+        InvalidGraphError: the model is not in canonical form, or the pruned graph does not have the shapes that the
+            labels predict (then nothing is returned).
+
+    Example:
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,2] x) => (float[n,1] y)
+        ...     <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}> { h = MatMul(x, a) y = MatMul(h, b) }''')
+        >>> from graphopt.ir.load import load
+        >>> smaller = remove_channels(load(model), {"mlp hidden of a": [1]})
+        >>> {name: list(value.shape) for name, value in smaller.graph.initializers.items()}
+        {'a': [2, 2], 'b': [2, 1]}
+    """
+    groups = groups if groups is not None else channel_groups(model)
+    removed = groups.atoms(selection)
+    result = model.clone()
+    _Removal(model, result, groups, removed).run()
+    return result
+
+
+def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroups | None = None) -> ir.Model:
+    """A new model of the same size in which everything that the selected units own is 0: the reference of removal.
+
+    Integer weights get their zero point, which stands for 0. Scales, zero points, indices and the divisor of a weight
+    norm (0 / 0) keep their values.
+
+    Arguments, errors and example: as `remove_channels`.
+    """
+    groups = groups if groups is not None else channel_groups(model)
+    removed = groups.atoms(selection)
+    result = model.clone()
+    for old, new in _pairs_of_initializers(model, result):
+        if old in groups.analysis.spared or old.const_value is None:
+            continue
+        masks = [groups.units.kept(old, axis, removed) for axis in range(len(groups.analysis.state.tracks[old]))]
+        if any(mask is not None for mask in masks):
+            _replace(new, _masked(old, masks))
+    return result
+
+
+def _masked(value: ir.Value, masks: Sequence[np.ndarray | None]) -> np.ndarray:
+    assert value.const_value is not None
+    array = value.const_value.numpy().copy()
+    fill = zero_point_of(value, array)
+    for axis, mask in enumerate(masks):
+        if mask is not None:
+            index = [slice(None)] * array.ndim
+            gone = np.flatnonzero(~mask)
+            array[(*index[:axis], gone)] = fill[(*index[:axis], gone)]
+    return array
+
+
+def _replace(value: ir.Value, array: np.ndarray) -> None:
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=value.name)
+    value.shape = ir.Shape(array.shape)
+
+
+def _pairs_of_initializers(old: ir.Model, new: ir.Model) -> Iterable[tuple[ir.Value, ir.Value]]:
+    return [(value, new.graph.initializers[name]) for name, value in old.graph.initializers.items()]
+
+
+class _Removal:
+    """One removal: slices weights, walks the old and the new graph together, repairs, verifies."""
+
+    def __init__(self, old: ir.Model, new: ir.Model, groups: ChannelGroups, removed: np.ndarray) -> None:
+        self.old, self.new, self.groups, self.removed = old, new, groups, removed
+        self.analysis: ChannelAnalysis = groups.analysis
+        self.rewriter = Rewriter(new)
+        self._masks: dict[ir.Value, tuple[np.ndarray | None, ...] | None] = {}
+        self._original = dict(zip(nodes_below(new.graph), nodes_below(old.graph), strict=True))
+        self._propagation: Propagation | None = None
+        self._values = [pair for a, b in self._original.items() for pair in zip(b.outputs, a.outputs, strict=True)]
+        for a, b in zip(old.graphs(), new.graphs(), strict=True):
+            self._values += zip(a.inputs, b.inputs, strict=True) if a is not old.graph else ()
+
+    def run(self) -> None:
+        for old, new in self._values:
+            self._shrink(old, new)
+        for old, new in _pairs_of_initializers(self.old, self.new):
+            masks = self.kept(old)
+            if masks is not None and any(mask is not None for mask in masks) and old.const_value is not None:
+                array = old.const_value.numpy()
+                for axis, mask in enumerate(masks):
+                    array = array if mask is None else np.compress(mask, array, axis=axis)
+                _replace(new, array)
+        for probe, sizes in enumerate(self.analysis.sizes):
+            before = self._before if probe == 0 else None
+            self._verify(propagate(self.new, sizes, table=self.analysis.table, before=before), probe)
+
+    def _shrink(self, old: ir.Value, new: ir.Value) -> None:
+        """Write the shape that the labels predict; a run-time dimension that lost channels becomes anonymous."""
+        masks = self.kept(old)
+        if masks is None or new.shape is None or new.is_graph_output():
+            return
+        new.shape = ir.Shape(
+            dimension if mask is None else int(mask.sum()) if isinstance(dimension, int) else None
+            for dimension, mask in zip(new.shape, masks, strict=True)
+        )
+
+    # What stays ---------------------------------------------------------------------------------------------
+
+    def kept(self, value: ir.Value) -> tuple[np.ndarray | None, ...] | None:
+        """For each axis of a value of the old graph what stays, None where all does; None where it has no axes."""
+        if value not in self._masks:
+            tracks = self.analysis.state.tracks.get(value)
+            self._masks[value] = (
+                None
+                if tracks is None
+                else tuple(self.groups.units.kept(value, axis, self.removed) for axis in range(len(tracks)))
+            )
+        return self._masks[value]
+
+    # Repair -------------------------------------------------------------------------------------------------
+
+    @property
+    def _facts(self) -> Facts:
+        """What is known of the new graph so far."""
+        assert self._propagation is not None
+        return self._propagation.facts
+
+    def _before(self, node: ir.Node, propagation: Propagation) -> None:
+        """Repair a node once the shapes before it are known."""
+        self._propagation = propagation
+        original = self._original[node]
+        row = self.analysis.row(original)
+        if row is not None and row.repair is not None and self._touched(original):
+            attributes = {
+                name: self.groups.units.kept_of(axis, self.removed)
+                for name, axis in self.analysis.state.attributes.get(original, {}).items()
+            }
+            site = RepairSite(node, original, self.kept, attributes, self.analysis.constant, self)
+            try:
+                row.repair(site)
+            except OpaqueError as error:
+                raise InvalidGraphError(
+                    f"the channels cannot be removed: {error}", where=f"{original.op_type} {original.name}"
+                ) from error
+        self._restore_sizes(node, original, () if row is None else row.structural)
+
+    def _touched(self, original: ir.Node) -> bool:
+        for value in (*original.inputs, *original.outputs):
+            masks = None if value is None else self.kept(value)
+            if masks is not None and any(mask is not None for mask in masks):
+                return True
+        axes = self.analysis.state.attributes.get(original, {}).values()
+        return any(self.groups.units.kept_of(axis, self.removed) is not None for axis in axes)
+
+    def _restore_sizes(self, node: ir.Node, original: ir.Node, structural: Sequence[int]) -> None:
+        """A number that was computed from a size and enters the data stays what it was in the masked model."""
+        old_facts = self.analysis.facts[0]
+        if all(value in old_facts.constants for value in original.outputs):
+            return
+        for index, value in enumerate(original.inputs):
+            if value is None or index in structural or value not in old_facts.sizes:
+                continue
+            before, operand = old_facts.constants.get(value), node.inputs[index]
+            now = self._facts.constant(operand)
+            if before is None or now is None:
+                continue
+            for axis, mask in enumerate(self.kept(value) or ()):
+                before = before if mask is None else np.compress(mask, before, axis=axis)
+            if before.shape != now.shape:
+                raise InvalidGraphError(
+                    f"the removed channels change the shape of {value.name!r}, which is computed from sizes",
+                    where=f"{original.op_type} {original.name}",
+                )
+            for element in np.flatnonzero(before.reshape(-1) != now.reshape(-1)).tolist():
+                self._rescale(node, index, element, int(before.reshape(-1)[element]), int(now.reshape(-1)[element]))
+
+    # OperandEditor ------------------------------------------------------------------------------------------
+
+    def length(self, value: ir.Value, axis: int) -> int | None:
+        """Number of coordinates before the removal."""
+        shape = self.analysis.facts[0].shape(value)
+        return None if shape is None else shape[axis]
+
+    def replace(self, node: ir.Node, index: int, array: np.ndarray) -> None:
+        """Make input `index` of `node` this constant."""
+        name = f"{node.name}.{index}"
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+        node.replace_input_with(index, self._initializer(name, tensor))
+        if old is not None:
+            discard_if_unread(old)
+
+    def _initializer(self, name: str, tensor: ir.Tensor) -> ir.Value:
+        value = self.rewriter.initializer(self.new.graph, name, tensor)
+        assert self._propagation is not None
+        self._propagation.initializer(value)
+        return value
+
+    def resize(self, node: ir.Node, original: ir.Node, index: int, element: int, before: int, after: int) -> None:
+        """One element of a size operand was computed for `before` coordinates, of which `after` stay."""
+        old_value, operand = original.inputs[index], node.inputs[index]
+        if old_value is None or operand is None:
+            return
+        old = self.analysis.facts[0].constant(old_value)
+        now = self._facts.constant(operand)
+        if old is None:
+            raise OpaqueError(f"input {index} is not known, and an axis that it sizes lost channels")
+        if int(old.reshape(-1)[element]) != before:
+            return  # 0, -1 and 1 leave the axis as it is
+        current = before if now is None else int(now.reshape(-1)[element])
+        if current == after:
+            return
+        static = old_value not in self.analysis.facts[0].constants or not bool(
+            self.analysis.elements_that_vary(old_value)[element]
+        )
+        if static:
+            self._write(node, index, element, after)
+        else:
+            self._rescale(node, index, element, after, current)
+
+    def _write(self, node: ir.Node, index: int, element: int, number: int) -> None:
+        """Put a number into a size operand: into the constant that it is, the piece of the Concat, else by Where."""
+        operand = node.inputs[index]
+        assert operand is not None
+        if operand.const_value is not None:
+            array = operand.const_value.numpy().copy()
+            array.reshape(-1)[element] = number
+            self.replace(node, index, array)
+            return
+        if self._write_piece(node, index, element, number):
+            return
+        length = int(self._facts.shapes[operand][0])
+        chosen = np.arange(length) == element
+        dtype = self._dtype(operand)
+        mask = self._initializer(f"{node.name}.{index}.mask", ir.Tensor(chosen))
+        value = self._initializer(f"{node.name}.{index}.size", ir.Tensor(np.array([number], dtype)))
+        self._insert(node, index, "Where", [mask, value, operand])
+
+    def _write_piece(self, node: ir.Node, index: int, element: int, number: int) -> bool:
+        operand = node.inputs[index]
+        producer = None if operand is None else operand.producer()
+        if producer is None or producer.op_type != "Concat" or producer.domain != "":
+            return False
+        pieces = list(producer.inputs)
+        position = element
+        for number_of_piece, piece in enumerate(pieces):
+            shape = self._facts.shape(piece)
+            if piece is None or shape is None or len(shape) != 1:
+                return False
+            if position < shape[0]:
+                if piece.const_value is None:
+                    return False
+                array = piece.const_value.numpy().copy()
+                array[position] = number
+                pieces[number_of_piece] = self._initializer(f"{piece.name}.kept", ir.Tensor(array))
+                self._insert(node, index, "Concat", pieces, axis=0)
+                return True
+            position -= shape[0]
+        return False
+
+    def _rescale(self, node: ir.Node, index: int, element: int, wanted: int, current: int) -> None:
+        """Multiply one element by wanted / current, which is exact at every run-time size."""
+        operand = node.inputs[index]
+        assert operand is not None
+        divisor = gcd(wanted, current)
+        shape, dtype = self._facts.shapes[operand], self._dtype(operand)
+        for op_type, factor in (("Mul", wanted // divisor), ("Div", current // divisor)):
+            if factor != 1:
+                array = np.ones(shape, dtype)
+                array.reshape(-1)[element] = factor
+                other = self._initializer(f"{node.name}.{index}.{op_type.lower()}", ir.Tensor(array))
+                self._insert(node, index, op_type, [node.inputs[index], other])
+
+    def _dtype(self, value: ir.Value) -> np.dtype:
+        constant = self._facts.constant(value)
+        return np.dtype(np.int64) if constant is None else constant.dtype
+
+    def gather_first(self, node: ir.Node, axis: int, indices: np.ndarray) -> None:
+        """Put a Gather before the first input of `node`."""
+        chosen = self._initializer(f"{node.name}.kept", ir.Tensor(np.asarray(indices, np.int64)))
+        self._insert(node, 0, "Gather", [node.inputs[0], chosen], axis=axis)
+
+    def _insert(
+        self, node: ir.Node, index: int, op_type: str, inputs: Sequence[ir.Value | None], **attributes: int
+    ) -> None:
+        """A new node whose result `node` reads as input `index`."""
+        base = f"{node.name}.{index}"
+        result = ir.Value(name=self.rewriter.unique_name(f"{base}.{op_type.lower()}"))
+        inserted = ir.node(op_type, list(inputs), attributes=attributes, outputs=[result])
+        inserted.name = self.rewriter.unique_name(f"{base}.{op_type}")
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        graph.insert_before(node, inserted)
+        old = node.inputs[index]
+        node.replace_input_with(index, result)
+        if old is not None and old.producer() is None:
+            discard_if_unread(old)
+        assert self._propagation is not None
+        self._propagation.node(inserted)
+        dtype, shape = self._facts.dtypes.get(result), self._facts.shape(result)
+        if op_type != "Gather" and dtype is not None and shape is not None:
+            result.type, result.shape = ir.TensorType(dtype), ir.Shape(shape)
+
+    # Verification -------------------------------------------------------------------------------------------
+
+    def _verify(self, facts: Facts, probe: int) -> None:
+        """Every shape is what the labels say; dimensions of run-time length in proportion."""
+        old_facts = self.analysis.facts[probe]
+        for old, new in self._values:
+            masks, shape, before = self.kept(old), facts.shape(new), old_facts.shape(old)
+            if masks is None or before is None or (not new.uses() and not new.is_graph_output()):
+                continue
+            expected = tuple(
+                size if mask is None else size * int(mask.sum()) // len(mask)
+                for size, mask in zip(before, masks, strict=True)
+            )
+            if shape != expected:
+                producer = old.producer()
+                raise InvalidGraphError(
+                    f"the pruned graph gives {old.name!r} the shape {shape}, and its labels say {expected}",
+                    where=f"{producer.op_type} {producer.name}" if producer is not None else None,
+                    help="this is a defect of graphopt: please report the model and the selection",
+                )
+        for node, message in facts.conflicts:
+            if probe == 0 and not any(node.name == other.name for other, _ in old_facts.conflicts):
+                raise InvalidGraphError(f"the pruned graph contradicts itself: {message}", where=node.name)
