@@ -17,6 +17,8 @@ from graphopt.errors import (
     WriteError,
 )
 from graphopt.export.benchmark import Benchmark, benchmark
+from graphopt.export.group_graph import group_graph
+from graphopt.export.groups import GroupsReport, describe_groups
 from graphopt.export.report import Report, Step
 from graphopt.export.verify import Verdict, compare, verify
 from graphopt.export.write import save
@@ -41,6 +43,7 @@ __all__ = [
     "DataError",
     "GraphDiff",
     "GraphoptError",
+    "GroupsReport",
     "InputSpec",
     "InvalidGraphError",
     "LoadError",
@@ -60,7 +63,9 @@ __all__ = [
     "benchmark",
     "channel_groups",
     "compare",
+    "describe_groups",
     "diff",
+    "group_graph",
     "load",
     "mask_channels",
     "optimize",

@@ -116,6 +116,32 @@ def inspect(model: ModelPath, inputs: Inputs = None, as_json: AsJson = False) ->
 
 
 @application.command()
+def groups(
+    model: ModelPath,
+    inputs: Inputs = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="list what cannot be pruned, with the reasons")] = False,
+    dot: Annotated[Path | None, typer.Option(metavar="FILE.dot", help="write the groups as a Graphviz graph")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="write a picture of the groups")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which channels can be pruned together, how much of the model they cover, and what keeps the rest."""
+    from graphopt.export.group_graph import group_graph, to_dot
+    from graphopt.export.group_picture import picture
+    from graphopt.export.groups import describe_groups, find_groups
+    from graphopt.export.write import check_target, write_text
+
+    for path in (dot, svg):
+        if path is not None:
+            check_target(path)
+    found = find_groups(model, None if inputs is None else _arrays(inputs))
+    report = describe_groups(found)
+    for path, drawn in ((dot, to_dot), (svg, picture)):
+        if path is not None:
+            write_text(drawn(group_graph(found)), path)
+    _show(report.frozen() if frozen and not as_json else report, as_json)
+
+
+@application.command()
 def diff(
     before: ModelPath,
     after: ModelPath,

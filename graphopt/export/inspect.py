@@ -111,14 +111,7 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
     """
     file = read(source)
     model = load(file)
-    sizes = symbolic_sizes(model)
-    if inputs is not None:
-        feeds = fit_feeds(model, inputs)
-        for value in model.graph.inputs:
-            for axis in range(len(value.shape or ())):
-                name = dimension_name(value, axis)
-                if name is not None:
-                    sizes[name] = int(feeds[value.name or ""].shape[axis])
+    sizes = symbolic_sizes(model) | bound_sizes(model, inputs)
     total = cost(model, sizes)
     weights = sorted(
         (
@@ -142,6 +135,23 @@ def inspect(source: Source, inputs: Mapping[str, np.ndarray] | np.ndarray | None
         weight_bytes=total.weight_bytes,
         unknown=tuple(sorted({entry.operator for entry in total.unknown})),
     )
+
+
+def bound_sizes(model: ir.Model, inputs: Mapping[str, np.ndarray] | np.ndarray | None) -> dict[str, int]:
+    """Elements of the symbolic dimensions of a model that example inputs bind, by name; none without inputs.
+
+    Raises:
+        DataError: the inputs do not fit the model.
+    """
+    if inputs is None:
+        return {}
+    feeds = fit_feeds(model, inputs)
+    return {
+        name: int(feeds[value.name or ""].shape[axis])
+        for value in model.graph.inputs
+        for axis in range(len(value.shape or ()))
+        if (name := dimension_name(value, axis)) is not None
+    }
 
 
 def _type(value: ir.Value) -> str:

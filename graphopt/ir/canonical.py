@@ -18,10 +18,12 @@ from graphopt.ir.check import sort_nodes
 from graphopt.ir.explicit import write_defaults_out
 from graphopt.ir.identities import remove_no_op
 from graphopt.ir.opset import lift_opset
+from graphopt.ir.permutations import gather_by_rows, gather_shuffles
 from graphopt.ir.propagate import LITERAL, Facts
 from graphopt.ir.rewrite import Rewriter, constant, is_op
 from graphopt.ir.sequences import resolve_sequences
 from graphopt.ir.shapes import Probes, infer_shapes
+from graphopt.ir.untie import untie_fillings
 
 NOTES = "graphopt.notes"
 """Key in `model.meta`: list of sentences about how the model was read, for the report."""
@@ -61,8 +63,10 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     if resolve_sequences(model, facts):
         facts = infer_shapes(model, sizes)
     write_defaults_out(model, facts)
-    Rewriter(model).until_stable(remove_no_op, "remove no-op", lambda what, why, where: None)
+    for rule in (remove_no_op, gather_by_rows, gather_shuffles):
+        Rewriter(model).until_stable(rule, "canonical form", lambda what, why, where: None)
     _drop_zero_biases(model)
+    untie_fillings(model)
     _clean(
         model,
         common.RemoveUnusedNodesPass(),

@@ -266,7 +266,7 @@ class Units:
     def emptied(self, removed: np.ndarray) -> Place | None:
         """An axis on which nothing would be left, None where there is none."""
         for leaf in self._leaf_of.values():
-            if not leaf.kept(removed).any():
+            if leaf.size and not leaf.kept(removed).any():
                 return leaf.places[0][0]
         return None
 

@@ -37,6 +37,7 @@ class ChannelGroup:
         exact: whether removing equals masking. False where the channels pass a mean or a normalisation.
         inexact_reason: why not, None where it does.
         members: (name of the initializer, axis) of everything that the units own, in stable order.
+        origin, analysed: the atoms and the analysis behind the group, for graphopt's own use.
     """
 
     name: str
@@ -47,8 +48,8 @@ class ChannelGroup:
     exact: bool
     inexact_reason: str | None
     members: tuple[tuple[str, int], ...]
-    _group: UnitGroup
-    _units: Units
+    origin: UnitGroup
+    analysed: Units
 
     def slices(self, unit: int) -> dict[str, list[tuple[int, np.ndarray]]]:
         """What one unit owns: name of an initializer to pairs (axis, int64 indices along it, ascending).
@@ -62,17 +63,17 @@ class ChannelGroup:
                 where=self.name,
                 help=f"units count from 0 to {self.units - 1}",
             )
-        chosen = self._units.chosen([int(self._group.atoms[unit])])
+        chosen = self.analysed.chosen([int(self.origin.atoms[unit])])
         found: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for value, axis in self._group.members:
-            indices = self._units.coordinates((value, axis), chosen)
+        for value, axis in self.origin.members:
+            indices = self.analysed.coordinates((value, axis), chosen)
             found.setdefault(value.name or "", []).append((axis, indices))
         return found
 
     @property
     def parameters(self) -> int:
         """Elements of initializers that one unit takes with it, on average, the other groups being whole."""
-        return self._units.parameters(self._group) // max(self.units, 1)
+        return self.analysed.parameters(self.origin) // max(self.units, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -138,7 +139,7 @@ class ChannelGroups(list[ChannelGroup]):
                 raise SelectionError(
                     f"nothing would be left: all {group.units} units are selected", where=name, help="keep at least one"
                 )
-            chosen.extend(int(group._group.atoms[unit]) for unit in indices)
+            chosen.extend(int(group.origin.atoms[unit]) for unit in indices)
         removed = self.units.chosen(chosen)
         emptied = self.units.emptied(removed)
         if emptied is not None:
@@ -198,8 +199,8 @@ def channel_groups(
                 exact=group.inexact is None,
                 inexact_reason=None if group.inexact is None else str(group.inexact),
                 members=tuple((value.name or "", axis) for value, axis in group.members),
-                _group=group,
-                _units=units,
+                origin=group,
+                analysed=units,
             )
             for (name, role), group in zip(names, units.groups, strict=True)
         ),

@@ -7,7 +7,7 @@ for any layer type here. The model that is passed in never changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 
 import numpy as np
@@ -160,20 +160,22 @@ class _Removal:
         """Repair a node once the shapes before it are known."""
         self._propagation = propagation
         original = self._original[node]
+        try:
+            self._repair(node, original)
+        except OpaqueError as error:
+            raise InvalidGraphError(
+                f"the channels cannot be removed: {error}", where=f"{original.op_type} {original.name}"
+            ) from error
+
+    def _repair(self, node: ir.Node, original: ir.Node) -> None:
         row = self.analysis.row(original)
         if row is not None and row.repair is not None and self._touched(original):
             attributes = {
                 name: self.groups.units.kept_of(axis, self.removed)
                 for name, axis in self.analysis.state.attributes.get(original, {}).items()
             }
-            site = RepairSite(node, original, self.kept, attributes, self.analysis.constant, self)
-            try:
-                row.repair(site)
-            except OpaqueError as error:
-                raise InvalidGraphError(
-                    f"the channels cannot be removed: {error}", where=f"{original.op_type} {original.name}"
-                ) from error
-        self._restore_sizes(node, original, () if row is None else row.structural)
+            row.repair(RepairSite(node, original, self.kept, attributes, self.analysis.constant, self))
+        self._restore_numbers(node, original)
 
     def _touched(self, original: ir.Node) -> bool:
         for value in (*original.inputs, *original.outputs):
@@ -183,27 +185,32 @@ class _Removal:
         axes = self.analysis.state.attributes.get(original, {}).values()
         return any(self.groups.units.kept_of(axis, self.removed) is not None for axis in axes)
 
-    def _restore_sizes(self, node: ir.Node, original: ir.Node, structural: Sequence[int]) -> None:
-        """A number that was computed from a size and enters the data stays what it was in the masked model."""
-        old_facts = self.analysis.facts[0]
-        if all(value in old_facts.constants for value in original.outputs):
-            return
+    def _changed_numbers(
+        self, node: ir.Node, original: ir.Node, old_facts: Facts, facts: Facts
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Operands that enter the data, were computed from sizes alone, and are others now: index, before, now."""
+        if all(value in old_facts.constants and value not in old_facts.from_weights for value in original.outputs):
+            return  # arithmetic on sizes: what comes of it is looked at where it is used
+        row = self.analysis.row(original)
         for index, value in enumerate(original.inputs):
-            if value is None or index in structural or value not in old_facts.sizes:
+            if value is None or value not in old_facts.sizes or value in old_facts.from_weights:
                 continue
-            before, operand = old_facts.constants.get(value), node.inputs[index]
-            now = self._facts.constant(operand)
-            if before is None or now is None:
+            before, now = old_facts.constants.get(value), facts.constant(node.inputs[index])
+            if before is None or now is None or (row is not None and index in row.structural):
                 continue
             for axis, mask in enumerate(self.kept(value) or ()):
                 before = before if mask is None else np.compress(mask, before, axis=axis)
-            if before.shape != now.shape:
-                raise InvalidGraphError(
-                    f"the removed channels change the shape of {value.name!r}, which is computed from sizes",
-                    where=f"{original.op_type} {original.name}",
-                )
-            for element in np.flatnonzero(before.reshape(-1) != now.reshape(-1)).tolist():
-                self._rescale(node, index, element, int(before.reshape(-1)[element]), int(now.reshape(-1)[element]))
+            if before.shape != now.shape or not np.array_equal(before, now):
+                yield index, before, now
+
+    def _restore_numbers(self, node: ir.Node, original: ir.Node) -> None:
+        """A number that was computed from a size and enters the data stays what it was in the masked model."""
+        for index, before, now in self._changed_numbers(node, original, self.analysis.facts[0], self._facts):
+            if before.shape == now.shape:
+                pairs = zip(before.reshape(-1).tolist(), now.reshape(-1).tolist(), strict=True)
+                for element, (wanted, current) in enumerate(pairs):
+                    if wanted != current:
+                        self._rescale(node, index, element, wanted, current)
 
     # OperandEditor ------------------------------------------------------------------------------------------
 
@@ -291,13 +298,18 @@ class _Removal:
             position -= shape[0]
         return False
 
-    def _rescale(self, node: ir.Node, index: int, element: int, wanted: int, current: int) -> None:
-        """Multiply one element by wanted / current, which is exact at every run-time size."""
+    def _rescale(self, node: ir.Node, index: int, element: int, wanted: float, current: float) -> None:
+        """Multiply one element by wanted / current; for whole numbers without rounding, at every run-time size."""
         operand = node.inputs[index]
         assert operand is not None
-        divisor = gcd(wanted, current)
         shape, dtype = self._facts.shapes[operand], self._dtype(operand)
-        for op_type, factor in (("Mul", wanted // divisor), ("Div", current // divisor)):
+        if not current or not wanted:
+            raise OpaqueError(f"input {index} is computed from sizes, and {current} cannot be scaled to {wanted}")
+        steps: list[tuple[str, float]] = [("Mul", wanted / current)]
+        if dtype.kind in "iu":
+            divisor = gcd(int(wanted), int(current))
+            steps = [("Mul", int(wanted) // divisor), ("Div", int(current) // divisor)]
+        for op_type, factor in steps:
             if factor != 1:
                 array = np.ones(shape, dtype)
                 array.reshape(-1)[element] = factor
@@ -353,6 +365,14 @@ class _Removal:
                     f"the pruned graph gives {old.name!r} the shape {shape}, and its labels say {expected}",
                     where=f"{producer.op_type} {producer.name}" if producer is not None else None,
                     help="this is a defect of graphopt: please report the model and the selection",
+                )
+        for node, original in self._original.items():
+            for index, before, now in self._changed_numbers(node, original, old_facts, facts):
+                raise InvalidGraphError(
+                    f"input {index} is computed from sizes that lost channels: {now.tolist()}, where the masked model "
+                    f"has {before.tolist()}",
+                    where=f"{original.op_type} {original.name}",
+                    help="keep the channels around this node",
                 )
         for node, message in facts.conflicts:
             if probe == 0 and not any(node.name == other.name for other, _ in old_facts.conflicts):

@@ -52,9 +52,23 @@ FILES: dict[str, tuple[str, ...]] = {
         "concatenated-weight", "local-functions", "deform-conv", "roi-align", "max-unpool", "lrn-operator",
         "quantized-conv", "quantized-linear",
     ),
-    "transformers_vision": (),
-    "transformers_language": (),
-    "recurrent_models": (),
+    "transformers_vision": (
+        "hf-vit", "fused-qkv-vit", "vit-attention-operator", "deit-distilled", "dinov2-swiglu", "hf-swin", "hf-swinv2",
+        "pvt", "segformer", "cvt", "levit", "mobilevit", "convnext-v2", "uformer", "restormer", "detr", "mlp-mixer",
+        "gmlp", "clip",
+    ),
+    "transformers_language": (
+        "hf-bert", "roberta", "albert", "distilbert", "deberta", "modernbert", "gpt2", "opt", "bloom", "gpt-neox",
+        "falcon", "phi3", "hf-llama", "qwen3", "gemma", "gemma2", "deepseek", "mixtral", "hf-mamba", "t5", "bart",
+        "whisper", "wav2vec2", "moe-dense", "moe-top-k", "mamba", "einsum-attention", "interleaved-rotary",
+        "relative-keys", "linear-attention", "cross-attention", "cached-attention", "torch-transformer",
+    ),
+    "recurrent_models": (
+        "lstm-one-layer", "lstm-two-layers", "lstm-bidirectional", "lstm-time-first", "lstm-final-states",
+        "lstm-projected-states", "lstm-tied", "gru", "gru-bidirectional", "rnn-tanh", "rnn-relu", "recurrent-pyramid",
+        "recurrent-cells", "conv-lstm", "conv-gru", "seq2seq-additive", "seq2seq-dot", "sru", "qrnn", "min-gru", "crnn",
+        "deep-speech", "tagger",
+    ),
 }  # fmt: skip
 """The models in each file `tests/zoo/<key>.py`, known without importing torch."""
 

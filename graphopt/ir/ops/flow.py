@@ -327,8 +327,8 @@ class RepairSite:
 
     def operand_length(self, index: int) -> int | None:
         """Number of elements of a vector operand, None where it is not known."""
-        masks = self._kept(value) if (value := self.original.inputs[index]) is not None else None
-        return None if masks is None else self._edit.length(value, 0)
+        value = self.original.inputs[index]
+        return None if value is None else self._edit.length(value, 0)
 
 
 class OperandEditor(Protocol):

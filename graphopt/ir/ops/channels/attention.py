@@ -60,16 +60,13 @@ def attention(site: ChannelSite) -> None:
     for axis, role in ((query.heads, "heads"), (width, "head width"), (value.width, "value width")):
         site.role(axis, role)
     if site.given(3):
-        mask = site.take_all(3)
-        if len(mask) > 2 and mask[-3].axis.size > 1:
-            site.unify(mask[-3], query.heads)
-        if len(mask) > 3 and mask[-4].axis.size > 1:
-            site.unify(mask[-4], batch)
-    for index, own, other in ((4, key.width, key), (5, value.width, value)):
+        for axis, theirs in ((-3, query.heads.axis), (-4, batch)):
+            if site.rank(3) >= -axis and site.shape(3)[axis] > 1:
+                site.unify(site.take(3, axis), theirs)
+    for index, other in ((4, key), (5, value)):
         if site.given(index):
-            past = site.take_all(index)
-            for mine, theirs in ((past[0], batch), (past[1], other.heads), (past[3], own)):
-                site.unify(mine, theirs)
+            for axis, theirs in ((0, batch), (1, other.heads), (3, other.width)):
+                site.unify(site.take(index, axis), theirs)
     site.freeze_rest(_TOKENS)
     heads = Track(query.heads.axis, value.heads.zero and alone)
     tokens = Track(query.tokens.axis)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from graphopt.ir.ops.channels.layout import known_sizes
@@ -86,9 +88,9 @@ def scanning(site: ChannelSite) -> None:
 def _turn(
     site: ChannelSite,
     body: ir.Graph,
-    inputs: list[ir.Value] | tuple[ir.Value, ...],
+    inputs: Sequence[ir.Value],
     carried: list[list[Track]],
-    outputs: list[ir.Value] | tuple[ir.Value, ...],
+    outputs: Sequence[ir.Value],
 ) -> None:
     """Run the body once and let carried values meet what they were; a value may be 0 only before the first turn."""
     for value, tracks in zip(inputs, carried, strict=True):

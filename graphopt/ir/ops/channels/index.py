@@ -151,6 +151,8 @@ def repair_slice(site: RepairSite) -> None:
 
 def _bounds(ranks: np.ndarray, step: int) -> tuple[int, int] | None:
     """Start and end of the slice with `step` that takes exactly these positions; None where there is none."""
+    if not len(ranks):
+        return 0, 0
     if len(ranks) > 1 and not (np.diff(ranks) == step).all():
         return None
     end = int(ranks[-1]) + (1 if step > 0 else -1)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from graphopt.ir.ops.channels.layout import known_sizes
 from graphopt.ir.ops.flow import ChannelSite, OpaqueError, Track
 
 
 def _reduced_axes(site: ChannelSite, rank: int) -> set[int]:
-    if site.given(1):
-        axes: Iterable[int] | None = site.integers(1)
-        if axes is None:
-            raise OpaqueError("its axes are decided at run time")
-    else:
-        axes = site.attribute("axes") or ()
-    axes = list(axes)
+    found = site.integers(1) if site.given(1) else site.attribute("axes") or ()
+    if found is None:
+        raise OpaqueError("its axes are decided at run time")
+    axes = list(found)
     if not axes:
         return set() if site.attribute("noop_with_empty_axes", 0) else set(range(rank))
     return {axis % rank for axis in axes}

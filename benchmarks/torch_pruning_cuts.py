@@ -1,0 +1,245 @@
+"""One model of the zoo, pruned by Torch-Pruning as its README prunes a network, and held against the masked module.
+
+Layers that produce outputs are found along the autograd graph and ignored. Besides the README's call there are those
+of its transformer examples, with `num_heads` for the projections beside which a module says how many heads they have.
+Which elements stay is read from ids in `.grad`, which Torch-Pruning cuts together with the parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.channel_cuts import RATIO, TOLERANCE
+from benchmarks.isolation import first_line
+from benchmarks.results import Row
+from graphopt.ir.compare import compare_outputs
+from tests.zoo.models import FILES
+
+OUTCOMES = (
+    "not a torch module",
+    "raises",
+    "nothing pruned",
+    "forward fails",
+    "output shape changes",
+    "differs from masked",
+    "no masked reference",
+    "equals masked",
+)
+"""From worst to best; the last three run with fewer parameters and outputs of the same shape."""
+RUNS = OUTCOMES[5:]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "README": {},
+    "head widths": {"prune_head_dims": True},
+    "whole heads": {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": RATIO},
+    "no attention": {"prune_num_heads": False, "prune_head_dims": False},
+}
+"""Calls that are tried, the best outcome counts; all but the first are given `num_heads`."""
+_LARGEST_ID = 2**24
+_HEADS = ("num_heads", "heads", "num_attention_heads", "n_head", "n_heads")
+_FEWER_HEADS = ("num_key_value_heads", "groups", "num_kv_heads")
+_PROJECTIONS = ("q", "k", "v", "qkv", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "query_key_value")
+
+
+def measure(variant: str, name: str) -> Row:
+    """One call of `VARIANTS`: what became of it, parameters before and after, the error against the masked module."""
+    import torch
+    import torch_pruning
+
+    torch.set_num_threads(1)
+    built = prepared(name)
+    if built is None:
+        return {"outcome": OUTCOMES[0]}
+    module, inputs = built
+    heads = heads_of(module)
+    row: Row = {"variant": variant, "has_heads": bool(heads), "parameters_before": count(module)}
+    number_elements(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pruner = torch_pruning.pruner.BasePruner(
+                module,
+                inputs,
+                importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=RATIO,
+                ignored_layers=output_layers(module, inputs),
+                in_channel_groups={},
+                **{"out_channel_groups": {}, "num_heads": dict(heads) if VARIANTS[variant] else {}, **VARIANTS[variant]},
+            )
+            row["groups"] = row["normalised_groups"] = 0
+            for group in pruner.step(interactive=True):
+                row["groups"] += 1
+                row["normalised_groups"] += any(_is_norm(dependency.target.module) for dependency, _ in group)
+                group.prune()
+        except Exception as error:
+            return row | {"outcome": "raises", "failure": first_line(error)}
+        row["parameters"] = count(module)
+        if row["parameters"] >= row["parameters_before"]:
+            return row | {"outcome": "nothing pruned"}
+        update_heads(module, pruner.num_heads)
+        try:
+            with torch.no_grad():
+                after = outputs(module, inputs)
+        except Exception as error:
+            return row | {"outcome": "forward fails", "failure": first_line(error)}
+    return row | _compared(name, module, inputs, after)
+
+
+def prepared(name: str) -> tuple[Any, tuple[Any, ...]] | None:
+    """The torch module and its example inputs, always the same ones; None for what is a graph already."""
+    import torch
+
+    from tests.zoo import entry as zoo
+
+    module = next(file for file, names in FILES.items() if name in names)
+    entry = importlib.import_module(f"tests.zoo.{module}").ENTRIES[name]
+    torch.manual_seed(0)
+    built = entry.build()
+    if not isinstance(built, torch.nn.Module):
+        return None
+    for prepare in (zoo._strengthen, zoo._fill_statistics, zoo._spread_constants):
+        prepare(built)
+    return built.eval(), entry.inputs()
+
+
+def number_elements(module: Any) -> None:
+    """Put the position of each element into the gradient of its parameter."""
+    import torch
+
+    for parameter in module.parameters():
+        if parameter.numel() < _LARGEST_ID and parameter.dtype in (torch.float32, torch.float64):
+            parameter.grad = torch.arange(parameter.numel(), dtype=parameter.dtype).reshape(parameter.shape)
+
+
+def _compared(name: str, pruned: Any, inputs: tuple[Any, ...], after: list[np.ndarray]) -> Row:
+    import torch
+
+    original, _ = prepared(name) or (None, ())
+    untie(original)
+    with torch.no_grad():
+        before = outputs(original, inputs)
+        if [array.shape for array in before] != [array.shape for array in after]:
+            shapes = [list(array.shape) for array in before], [list(array.shape) for array in after]
+            return {"outcome": "output shape changes", "failure": f"{shapes[0]} became {shapes[1]}"}
+        if not mask(original, pruned):
+            return {"outcome": "no masked reference"}
+        masked = outputs(original, inputs)
+    error = compare_outputs(masked, after)
+    found: Row = {"error": error, "effect": compare_outputs(before, masked)}
+    if error <= TOLERANCE:
+        return found | {"outcome": "equals masked"}
+    return found | {"outcome": "differs from masked", "failure": f"differs from the masked module by {error:.1e}"}
+
+
+def untie(module: Any) -> None:
+    """Give each use of a shared parameter a copy of its own, as Torch-Pruning cuts each use on its own."""
+    import torch
+
+    seen: set[int] = set()
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(part, name, torch.nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
+
+
+def mask(original: Any, pruned: Any) -> bool:
+    """Zero what is gone from the parameters; False where a parameter shrank and carries no ids."""
+    kept = dict(pruned.named_parameters(remove_duplicate=False))
+    for name, parameter in original.named_parameters(remove_duplicate=False):
+        smaller = kept.get(name)
+        if smaller is None or (smaller.grad is None and smaller.shape != parameter.shape):
+            return False
+        if smaller.grad is not None and smaller.numel() < parameter.numel():
+            keep = parameter.new_zeros(parameter.numel())
+            keep[smaller.grad.flatten().long()] = 1
+            parameter.mul_(keep.reshape(parameter.shape))
+    return True
+
+
+def output_layers(module: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """Layers with weights from which the outputs come without another such layer in between: they must keep theirs."""
+    import torch
+    from torch import nn
+
+    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+    made: dict[Any, Any] = {}
+
+    def note(layer: Any, _: Any, result: Any) -> None:
+        made.update({tensor.grad_fn: layer for tensor in _tensors(result) if tensor.grad_fn is not None})
+
+    hooks = [part.register_forward_hook(note) for part in module.modules() if isinstance(part, layers)]
+    with torch.enable_grad():
+        pending = [tensor.grad_fn for tensor in _tensors(module(*inputs))]
+    for hook in hooks:
+        hook.remove()
+    found: dict[Any, None] = {}
+    seen: set[Any] = set()
+    while pending:
+        function = pending.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if function in made:
+            found[made[function]] = None
+        else:
+            pending.extend(before for before, _ in function.next_functions)
+    return list(found)
+
+
+def heads_of(module: Any) -> dict[Any, int]:
+    """`num_heads` of Torch-Pruning: projections of queries, keys and values beside which the number of heads stands."""
+    from torch import nn
+
+    found: dict[Any, int] = {}
+    for part in module.modules():
+        name = _heads_attribute(part)
+        number = 0 if name is None else getattr(part, name)
+        fewer = next((getattr(part, other) for other in _FEWER_HEADS if isinstance(getattr(part, other, None), int)), 0)
+        for key, child in part.named_children():
+            if number and key in _PROJECTIONS and isinstance(child, nn.Linear):
+                of_child = fewer if fewer and key[0] in "kv" else number
+                if child.out_features % of_child == 0:
+                    found[child] = of_child
+    return found
+
+
+def update_heads(module: Any, numbers: Mapping[Any, int]) -> None:
+    """Write the number of heads that is left where the module keeps it, as the examples of Torch-Pruning do."""
+    for part in module.modules():
+        name = _heads_attribute(part)
+        left = [numbers[child] for child in part.children() if child in numbers]
+        if name is not None and left:
+            setattr(part, name, max(left))
+
+
+def _heads_attribute(part: Any) -> str | None:
+    return next((name for name in _HEADS if isinstance(getattr(part, name, None), int)), None)
+
+
+def outputs(module: Any, inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    """All tensors that a module returns."""
+    return [tensor.detach().numpy() for tensor in _tensors(module(*inputs))]
+
+
+def count(module: Any) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _is_norm(module: Any) -> bool:
+    from torch import nn
+
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+
+
+def _tensors(tree: Any) -> Iterator[Any]:
+    import torch
+    from torch.utils import _pytree
+
+    leaves: Sequence[Any] = _pytree.tree_leaves(tree)
+    return (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
