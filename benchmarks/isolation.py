@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from benchmarks.results import Row
 
@@ -13,12 +15,14 @@ class Isolation:
     """Processes forked from one that has imported what they need, so that each starts in milliseconds.
 
     Args:
-        preload: modules that the server of the forks imports. Those that are missing are ignored.
+        preload: modules that the server of the forks imports, missing ones are ignored. None: nothing is shared, each
+            process starts as a new interpreter.
     """
 
-    def __init__(self, preload: Sequence[str]) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, *preload])
+    def __init__(self, preload: Sequence[str] | None = None) -> None:
+        self._context: Any = multiprocessing.get_context("spawn" if preload is None else "forkserver")
+        if preload is not None:
+            self._context.set_forkserver_preload([__name__, *preload])
 
     def run(self, measure: Callable[[str], Row], name: str, seconds: float) -> Row:
         """`measure(name)`, or a row with a `failure` where it raises, dies, or takes longer than `seconds`."""
@@ -41,6 +45,7 @@ class Isolation:
 
 
 def _call(sender: Connection, measure: Callable[[str], Row], name: str) -> None:
+    warnings.simplefilter("ignore")  # the libraries that are measured warn a lot
     try:
         row = measure(name)
     except Exception as error:

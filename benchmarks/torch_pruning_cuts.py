@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole heads": {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": RATIO},
     "no attention": {"prune_num_heads": False, "prune_head_dims": False},
 }
-"""Calls that are tried, the best outcome counts; all but the first are given `num_heads`."""
+"""Calls that are tried, the best outcome counts; all but the first are told the numbers of heads."""
 _LARGEST_ID = 2**24
 _HEADS = ("num_heads", "heads", "num_attention_heads", "n_head", "n_heads")
 _FEWER_HEADS = ("num_key_value_heads", "groups", "num_kv_heads")
@@ -56,7 +57,10 @@ def measure(variant: str, name: str) -> Row:
         return {"outcome": OUTCOMES[0]}
     module, inputs = built
     heads = heads_of(module)
-    row: Row = {"variant": variant, "has_heads": bool(heads), "parameters_before": count(module)}
+    widths = {layer: layer.out_features // number for layer, number in heads.items()}
+    multiple = multiple_of_heads(module)
+    row: Row = {"variant": variant, "has_heads": bool(heads) or multiple > 1, "parameters_before": count(module)}
+    options = {"num_heads": heads, "round_to": multiple if multiple > 1 else None} if VARIANTS[variant] else {}
     number_elements(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,8 +71,7 @@ def measure(variant: str, name: str) -> Row:
                 importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
                 pruning_ratio=RATIO,
                 ignored_layers=output_layers(module, inputs),
-                in_channel_groups={},
-                **{"out_channel_groups": {}, "num_heads": dict(heads) if VARIANTS[variant] else {}, **VARIANTS[variant]},
+                **{"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, **options, **VARIANTS[variant]},
             )
             row["groups"] = row["normalised_groups"] = 0
             for group in pruner.step(interactive=True):
@@ -80,7 +83,8 @@ def measure(variant: str, name: str) -> Row:
         row["parameters"] = count(module)
         if row["parameters"] >= row["parameters_before"]:
             return row | {"outcome": "nothing pruned"}
-        update_heads(module, pruner.num_heads)
+        if variant == "whole heads":
+            update_heads(module, widths)
         try:
             with torch.no_grad():
                 after = outputs(module, inputs)
@@ -197,28 +201,33 @@ def heads_of(module: Any) -> dict[Any, int]:
 
     found: dict[Any, int] = {}
     for part in module.modules():
-        name = _heads_attribute(part)
-        number = 0 if name is None else getattr(part, name)
-        fewer = next((getattr(part, other) for other in _FEWER_HEADS if isinstance(getattr(part, other, None), int)), 0)
         for key, child in part.named_children():
-            if number and key in _PROJECTIONS and isinstance(child, nn.Linear):
-                of_child = fewer if fewer and key[0] in "kv" else number
-                if child.out_features % of_child == 0:
-                    found[child] = of_child
+            name = _attribute(part, _FEWER_HEADS if key[0] in "kv" else ()) or _attribute(part, _HEADS)
+            if name is not None and key in _PROJECTIONS and isinstance(child, nn.Linear):
+                number = getattr(part, name)
+                if number > 0 and child.out_features % number == 0:
+                    found[child] = number
     return found
 
 
-def update_heads(module: Any, numbers: Mapping[Any, int]) -> None:
+def update_heads(module: Any, widths: Mapping[Any, int]) -> None:
     """Write the number of heads that is left where the module keeps it, as the examples of Torch-Pruning do."""
     for part in module.modules():
-        name = _heads_attribute(part)
-        left = [numbers[child] for child in part.children() if child in numbers]
-        if name is not None and left:
-            setattr(part, name, max(left))
+        for key, child in part.named_children():
+            name = _attribute(part, _FEWER_HEADS if key[0] in "kv" else ()) or _attribute(part, _HEADS)
+            if child in widths and name is not None:
+                setattr(part, name, child.out_features // widths[child])
 
 
-def _heads_attribute(part: Any) -> str | None:
-    return next((name for name in _HEADS if isinstance(getattr(part, name, None), int)), None)
+def multiple_of_heads(module: Any) -> int:
+    """What the width of a stream through `nn.MultiheadAttention` must be a multiple of; 1 without any."""
+    from torch import nn
+
+    return lcm(*(part.num_heads for part in module.modules() if isinstance(part, nn.MultiheadAttention)))
+
+
+def _attribute(part: Any, names: Sequence[str]) -> str | None:
+    return next((name for name in names if isinstance(getattr(part, name, None), int)), None)
 
 
 def outputs(module: Any, inputs: tuple[Any, ...]) -> list[np.ndarray]:

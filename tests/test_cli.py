@@ -150,6 +150,11 @@ BAD = [
     ("optimize", "{model}", "-o", "{out}", "--nonsense"),
     ("inspect", "{missing}"),
     ("inspect", "{folder}"),
+    ("groups", "{missing}"),
+    ("groups", "{text}"),
+    ("groups", "{model}", "--input", "{wrong}"),
+    ("groups", "{model}", "--svg", "/nowhere/groups.svg"),
+    ("groups", "{model}", "--dot", "{folder}"),
     ("diff", "{model}", "{missing}"),
     ("bench", "{missing}"),
     ("verify", "{model}", "{text}"),
@@ -210,3 +215,38 @@ def test_written_files_can_be_read_by_others(model_file: Path, tmp_path: Path) -
 def test_the_output_may_be_the_input(model_file: Path) -> None:
     assert run("optimize", model_file, "-o", model_file, "--recipe", "exact", "--quiet") == 0
     assert [node.op_type for node in load(model_file).graph] == ["Conv", "Relu"]
+
+
+def test_groups(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dot, svg = tmp_path / "groups.dot", tmp_path / "groups.svg"
+    assert run("groups", model_file, "--dot", dot, "--svg", svg) == 0
+    text = capsys.readouterr().out
+    assert "parameters 0 of 496 prunable (0 %)" in text
+    assert "counted at n = 8" in text
+    assert "--frozen lists them" in text
+    assert dot.read_text().startswith("strict digraph")
+    assert svg.read_text().startswith("<svg")
+    assert run("groups", model_file, "--frozen") == 0
+    assert "graph output 'y'" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 16, 16), np.float32))
+    assert run("groups", model_file, "--json", "--frozen", "--input", tmp_path / "x.npy") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["dynamic"] == {"n": 2}
+    assert document["macs"]["total"] == 2 * 16 * 16 * 16 * 27
+    assert {group["reason"] for group in document["groups"]} == {"graph input 'x'", "graph output 'y'"}
+
+
+def test_groups_of_a_model_with_a_custom_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "com.acme": 1]>
+    g (float[1,2] x) => (float[1,2] y) <float[2,3] a = {1,2,3,4,5,6}, float[3,2] b = {1,2,3,4,5,6}, float[1,2] s> {
+      h = MatMul (x, a)
+      s = MatMul (h, b)
+      [warp] y = com.acme.Warp (s)
+    }"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "custom.onnx")
+    for option in ((), ("--frozen",), ("--json",)):
+        assert run("groups", tmp_path / "custom.onnx", *option) == 0
+        shown = capsys.readouterr().out
+        assert "com.acme::Warp" in shown
+        assert "an operator that is not known" in shown
+    assert json.loads(shown)["parameters"] == {"total": 12, "prunable": 12, "share": 1.0}

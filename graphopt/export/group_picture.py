@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
@@ -20,7 +20,9 @@ from graphopt.export.group_graph import COLOURS
 
 _HEIGHT, _NARROWEST, _CHARACTER = 42, 196, 7
 """Of a box, and how wide a character of its name may be."""
-_LONGEST_NAME = 48
+_LONGEST_NAME = 42
+_MOST_IN_COLUMN, _MOST_IN_ROW = 24, 6
+"""Boxes of a layer, as far as those that nothing follows can be put into a later one."""
 _BESIDE, _BETWEEN_COLUMNS, _BETWEEN_ROWS = 14, 84, 46
 """Room between boxes of a layer, and between layers that lie beside and below one another."""
 _THREAD = 6
@@ -82,17 +84,44 @@ def picture(graph: networkx.DiGraph[str]) -> str:
         >>> "a &lt; b" in picture(graph)
         True
     """
-    layers, lines = _layers(graph)
-    return _Drawing(graph, layers, lines).text()
+    forward = _without_ways_back(graph)
+    longest = max((len(_shortened(name)) for name in graph), default=0)
+    width = max(_NARROWEST, _CHARACTER * longest + 20)
+    columns, rows = _levels(forward, _MOST_IN_COLUMN), _levels(forward, _MOST_IN_ROW)
+    beside = _largest_side(columns, width + _BETWEEN_COLUMNS, _HEIGHT + _BESIDE)
+    below = _largest_side(rows, _HEIGHT + _BETWEEN_ROWS, width + _BESIDE)
+    layers, lines = _layers(graph, rows if below < beside else columns)
+    return _Drawing(graph, layers, lines, width, below < beside).text()
 
 
 # Where things stand ---------------------------------------------------------------------------------------------
 
 
-def _layers(graph: networkx.DiGraph[str]) -> tuple[list[list[_Place]], list[_Line]]:
+def _levels(forward: networkx.DiGraph[str], most: int) -> dict[str, int]:
+    """The layer of each group: one more than the longest path to it; of too many, groups at an end come later."""
+    order = {name: position for position, name in enumerate(forward)}
+    waiting: list[str] = []
+    found: dict[str, int] = {}
+    layers = [list(names) for names in networkx.topological_generations(forward)]
+    level = 0
+    while level < len(layers) or waiting:
+        names = [*waiting, *(layers[level] if level < len(layers) else [])]
+        ends = sorted((name for name in names if not forward.adj[name]), key=order.__getitem__)
+        stay = max(most - (len(names) - len(ends)), 1)
+        waiting = ends[stay:]
+        found.update((name, level) for name in names if name not in waiting)
+        level += 1
+    return found
+
+
+def _largest_side(levels: Mapping[str, int], step: float, extent: float) -> float:
+    """Width or height of a picture, whichever is larger."""
+    counts = Counter(levels.values())
+    return max(len(counts) * step, max(counts.values(), default=0) * extent)
+
+
+def _layers(graph: networkx.DiGraph[str], levels: Mapping[str, int]) -> tuple[list[list[_Place]], list[_Line]]:
     """Boxes in layers, with places for the edges that cross a layer, and the lines to draw."""
-    forward = _without_ways_back(graph)
-    levels = {name: level for level, names in enumerate(networkx.topological_generations(forward)) for name in names}
     boxes = {name: _Place(name) for name in graph}
     layers: list[list[_Place]] = [[] for _ in range(1 + max(levels.values(), default=-1))]
     for name, box in boxes.items():
@@ -116,21 +145,24 @@ def _by_weights(graph: networkx.DiGraph[str]) -> list[tuple[str, str]]:
 
 def _without_ways_back(graph: networkx.DiGraph[str]) -> networkx.DiGraph[str]:
     """The weights that lead on: a depth-first walk, from groups that no weight leads to, drops what closes a cycle."""
-    names, edges = list(graph), _by_weights(graph)
+    edges = _by_weights(graph)
     reached, leading = {b for _, b in edges}, Counter(a for a, _ in edges)
-    forward: networkx.DiGraph[str] = networkx.DiGraph()
-    forward.add_nodes_from(sorted(names, key=lambda name: (name in reached, -leading[name])))
-    forward.add_edges_from(edges)
+    starts: list[str] = sorted(graph, key=lambda name: (name in reached, -leading[name]))
+    walked: networkx.DiGraph[str] = networkx.DiGraph()
+    walked.add_nodes_from(starts)
+    walked.add_edges_from(edges)
     path: set[str] = set()
-    back: list[tuple[str, str]] = []
-    for a, b, kind in networkx.dfs_labeled_edges(forward):
+    back: set[tuple[str, str]] = set()
+    for a, b, kind in networkx.dfs_labeled_edges(walked):
         if kind == "forward":
             path.add(b)
         elif kind == "reverse":
             path.discard(b)
         elif b in path:
-            back.append((a, b))
-    forward.remove_edges_from(back)
+            back.add((a, b))
+    forward: networkx.DiGraph[str] = networkx.DiGraph()
+    forward.add_nodes_from(graph)
+    forward.add_edges_from(edge for edge in edges if edge not in back)
     return forward
 
 
@@ -163,14 +195,18 @@ def _spread(layer: Sequence[_Place]) -> None:
 
 
 class _Drawing:
-    """Layers as SVG; `downwards` says whether they stand below one another."""
+    """Layers as SVG, with boxes of one width; `downwards` says whether they stand below one another."""
 
-    def __init__(self, graph: networkx.DiGraph[str], layers: list[list[_Place]], lines: list[_Line]) -> None:
-        self._graph, self._lines = graph, lines
+    def __init__(
+        self,
+        graph: networkx.DiGraph[str],
+        layers: list[list[_Place]],
+        lines: list[_Line],
+        width: float,
+        downwards: bool,
+    ) -> None:
+        self._graph, self._lines, self._width, self._downwards = graph, lines, width, downwards
         self._boxes = [place for layer in layers for place in layer if place.name is not None]
-        longest = max((len(_shortened(name)) for name in graph), default=0)
-        self._width = max(_NARROWEST, _CHARACTER * longest + 20)
-        self._downwards = self._is_smaller_downwards(layers)
         self._depth, between = (_HEIGHT, _BETWEEN_ROWS) if self._downwards else (self._width, _BETWEEN_COLUMNS)
         for box in self._boxes:
             ends = _PORT * (max(len(box.before), len(box.after)) + 1)
@@ -185,12 +221,6 @@ class _Drawing:
         self._along = max((place.along + place.extent / 2 for place in places), default=0)
         self._levels = max((place.level for place in places), default=0) + self._depth / 2
         self._ports = {key: offset for box in self._boxes for key, offset in _ports(box)}
-
-    def _is_smaller_downwards(self, layers: Sequence[Sequence[_Place]]) -> bool:
-        widest = max((sum(place.name is not None for place in layer) for layer in layers), default=0)
-        beside = max(len(layers) * (self._width + _BETWEEN_COLUMNS), widest * (_HEIGHT + _BESIDE))
-        below = max(len(layers) * (_HEIGHT + _BETWEEN_ROWS), widest * (self._width + _BESIDE))
-        return below < beside
 
     def text(self) -> str:
         """The file."""
@@ -290,9 +320,13 @@ def _legend() -> list[str]:
 
 
 def _shortened(name: str) -> str:
-    """Both ends of a long name: what it is and which of many."""
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}\u2026{name[1 - half :]}"
+    """Of a long name what it is and the end of its path, where names differ."""
+    over = len(name) - _LONGEST_NAME
+    if over <= 0:
+        return name
+    what, of, path = name.partition(" of ")
+    start, rest = (what + of, path) if of and len(what) < _LONGEST_NAME // 2 else ("", name)
+    return f"{start}\u2026{rest[over + 1 :].lstrip('.')}"
 
 
 def _escaped(text: str) -> str:

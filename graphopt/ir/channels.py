@@ -174,13 +174,13 @@ def channel_groups(
     Example:
         >>> import graphopt, onnx.parser
         >>> model = graphopt.load(onnx.parser.parse_model('''<ir_version: 10, opset_import: ["": 21]>
-        ...     g (float[n,2] x) => (float[n,1] y) <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}>
+        ...     g (float[n,2] x) => (float[n,2] y) <float[2,3] a = {1,2,3,4,5,6}, float[3,2] b = {1,1,1,1,1,1}>
         ...     { h = MatMul(x, a) y = MatMul(h, b) }'''))
         >>> for group in graphopt.channel_groups(model):
         ...     print(group.name, group.units, group.reason)
         inputs of a 2 graph input 'x'
         mlp hidden of a 3 None
-        b 1 graph output 'y'
+        b 2 graph output 'y'
     """
     analysis = analyse(model, sizes=sizes, table=table)
     units = Units(analysis)

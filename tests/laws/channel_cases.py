@@ -239,7 +239,9 @@ class _Builder:
         runs = [self.run(proto, count) for count in ((ROWS, ROWS + 1) if self.spec.symbolic else (ROWS,))]
         found: dict[str, tuple[list[int | None], int]] = {}
         for name, *arrays in zip(self.spec.results, *runs, strict=True):
-            shape = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*(a.shape for a in arrays), strict=True)]
+            shape = [
+                sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*(a.shape for a in arrays), strict=True)
+            ]
             found[name] = shape, onnx.helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
         return found
 
@@ -253,20 +255,18 @@ class _Builder:
         return [np.asarray(found) for found in session.run(None, self.spec.feeds(count))]
 
     def consumer(self, name: str, shape: list[int | None], kind: int) -> str:
-        """Multiply by weights and sum, or sum the squares, over all axes of static length."""
+        """Multiply by weights and sum, or sum the squares, over all axes."""
         read = name
         if kind != onnx.TensorProto.FLOAT:
             read = f"{name}_float"
             self.node(f"{read} = Cast<to=1>({name})")
-        axes = [axis for axis, size in enumerate(shape) if size is not None]
-        self.initializers[f"{name}_axes"] = np.array(axes, np.int64)
         if self.spec.reads == "square":
-            self.node(f"{name}_sum = ReduceSumSquare<keepdims=0>({read}, {name}_axes)")
+            self.node(f"{name}_sum = ReduceSumSquare<keepdims=0>({read})")
             return f"{name}_sum"
         sizes = [1 if size is None else size for size in shape]
         self.initializers[f"{name}_reader"] = weight(*sizes).drawn(f"{self.spec.statements} reads {name}")
         self.node(f"{name}_product = Mul({read}, {name}_reader)")
-        self.node(f"{name}_sum = ReduceSum<keepdims=0>({name}_product, {name}_axes)")
+        self.node(f"{name}_sum = ReduceSum<keepdims=0>({name}_product)")
         return f"{name}_sum"
 
     def node(self, text: str) -> None:

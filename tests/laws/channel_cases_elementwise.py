@@ -203,6 +203,11 @@ ELEMENTWISE["Add"] += [
     case("t = Transpose(a)", "y = Add(a, t)", a=data(4, 4), passes=(0, 1)),
     case("y = Add(a, x)", a=data(4, 3), x=fed([[1.0, 2.0, 3.0]]), passes=(0,)),
 ]
+ELEMENTWISE["SwiGLU"] = [
+    case("y = SwiGLU(a, b)", a=data(4, 3), b=data(4, 3), opset=28, reference=True, passes=(0, 1), groups=2),
+    case("y = SwiGLU<alpha=1.5>(a, b)", a=data(4, 3), b=moved(4, 3), opset=28, reference=True, reads="square"),
+    case("y = SwiGLU(a, b)", a=moved(4, 3), b=data(4, 3), opset=28, reference=True, reads="square"),
+]
 ELEMENTWISE |= {
     "BitShift": [
         case('y = BitShift<direction="LEFT">(a, b)', a=numbers(4, 3, to=_UINT64), b=numbers(3, to=_UINT64), passes=(0, 1)),
@@ -260,14 +265,15 @@ ELEMENTWISE |= {
 }  # fmt: skip
 ELEMENTWISE |= {
     f"com.microsoft::{operator}": [
-        case(f"y = com.microsoft.{operator}({operands})", a=data(4, 3), reads=reads, **extra)
+        case(f"y = com.microsoft.{operator}(a{', b' if bias else ''})", a=data(4, 3), reads=reads, **bias)
+        for bias in biases
         for reads in ("weights", "square")
     ]
-    for operator, operands, extra in (
-        ("Gelu", "a", {}),
-        ("FastGelu", "a, b", {"b": weight(3)}),
-        ("QuickGelu", "a", {}),
-        ("ScaledSiLU", "a", {}),
-        ("BiasGelu", "a, b", {"b": weight(3)}),
+    for operator, biases in (
+        ("Gelu", [{}]),
+        ("FastGelu", [{}, {"b": weight(3)}]),
+        ("QuickGelu", [{}]),
+        ("ScaledSiLU", [{}]),
+        ("BiasGelu", [{"b": weight(3)}]),
     )
 }

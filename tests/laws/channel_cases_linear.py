@@ -32,6 +32,7 @@ _CONVOLUTION: Cases = {
         case("y = Conv<group=2>(a, w)", a=moved(1, 6, 5), w=moved(8, 3, 3), passes=(1,), groups=1),
         case("y = Conv(a, w, b)", a=data(1, 4, 5), w=weight(6, 4, 3), b=moved(6), reads="square", groups=1),
         case("y = Conv(a, w)", a=data(1, 1, 5), w=weight(6, 1, 3), passes=(1,)),
+        case("y = Conv(a, w, b)", a=data(2, 4, 5), w=weight(6, 4, 3), b=weight(6), reads="square", groups=2),
     ],
     "ConvTranspose": [
         case("y = ConvTranspose(a, w, b)", a=data(1, 4, 3, 3), w=weight(4, 6, 2, 2), b=weight(6), passes=(1,),
@@ -44,6 +45,7 @@ _CONVOLUTION: Cases = {
         case("y = ConvTranspose<group=4>(a, w, b)", a=data(1, 4, 3), w=weight(4, 3, 2), b=weight(12), passes=(1,),
              groups=2),
         case("y = ConvTranspose(a, w)", a=moved(1, 4, 3), w=moved(4, 6, 2), passes=(1,)),
+        case("y = ConvTranspose(a, w, b)", a=data(2, 4, 3), w=weight(4, 6, 2), b=weight(6), reads="square", groups=2),
         case("y = ConvTranspose(a, w)", a=moved(1, 4, 3), w=weight(4, 6, 2), reads="square", groups=2),
     ],
     "DeformConv": [
@@ -65,6 +67,8 @@ _CONVOLUTION: Cases = {
              passes=(1,), groups=2),
         case("y = ConvInteger<group=2>(a, w, xz)", a=data(1, 4, 5).then("QuantizeLinear@xs,xz"), xs=const(0.02),
              xz=const(120, "uint8"), w=codes(6, 2, 3, dtype="uint8", low=0, high=200), passes=(1,), groups=3),
+        case("y = ConvInteger(a, w, xz, xz)", a=moved(1, 4, 5).then("QuantizeLinear@xs,xz"), xs=const(0.02),
+             xz=const(20, "uint8"), w=moved(6, 4, 3).then("QuantizeLinear@xs,xz"), groups=1),
     ],
     "QLinearConv": [
         case("q = QLinearConv(a, xs, xz, w, ws, wz, ys, yz, b)", "y = DequantizeLinear(q, ys, yz)",
@@ -75,6 +79,10 @@ _CONVOLUTION: Cases = {
         case("q = QLinearConv<group=2>(a, xs, xz, w, ws, wz, ys, yz)", "y = DequantizeLinear(q, ys, yz)",
              a=data(1, 4, 5).then("QuantizeLinear@xs,xz"), xs=const(0.02), xz=const(120, "uint8"), w=codes(6, 2, 3),
              ws=const(0.01), wz=const(0, "int8"), ys=const(0.05), yz=const(100, "uint8"), reads="square", groups=3),
+        case("q = QLinearConv(a, xs, xz, w, xs, xz, ys, yz, b)", "y = DequantizeLinear(q, ys, yz)",
+             a=moved(2, 4, 5).then("QuantizeLinear@xs,xz"), xs=const(0.02), xz=const(20, "uint8"),
+             w=moved(6, 4, 3).then("QuantizeLinear@xs,xz"), ys=const(0.05), yz=const(10, "uint8"),
+             b=codes(6, dtype="int32"), reads="square", groups=0),
     ],
     "CausalConvWithState": [
         case("y, p = CausalConvWithState(a, w, b, q)", a=data(2, 4, 5), w=weight(4, 1, 3), b=weight(4),
@@ -149,6 +157,8 @@ _PRODUCTS: Cases = {
              b=codes(3, 5, dtype="uint8", low=0, high=200), bz=const(90, "uint8"), passes=(0, 1, 2), groups=4),
         case("y = MatMulInteger(a, b)", a=data(4, 3).then("QuantizeLinear@s,az"), s=const(0.02),
              az=const(120, "uint8"), b=codes(3, 5), passes=(0, 1), reads="square", groups=2),
+        case("y = MatMulInteger(a, b, az, az)", a=moved(4, 3).then("QuantizeLinear@s,az"), s=const(0.02),
+             az=const(12, "uint8"), b=moved(3, 5).then("QuantizeLinear@s,az"), passes=(0, 1), groups=2),
         case("t = Transpose(a)", "y = MatMulInteger(a, t)", a=data(4, 3).then("QuantizeLinear@s,az"), s=const(0.02),
              az=const(120, "uint8"), groups=0),
     ],
@@ -160,6 +170,9 @@ _PRODUCTS: Cases = {
              a=data(4, 3).then("QuantizeLinear@s,az"), s=const(0.02), az=const(120, "uint8"), b=codes(3, 5),
              bs=const([0.01, 0.02, 0.01, 0.03, 0.02]), bz=const([1, 2, 3, 4, 5], "int8"), ys=const(0.05),
              yz=const(100, "uint8"), reads="square", groups=3),
+        case("q = QLinearMatMul(a, s, az, b, s, az, ys, yz)", "y = DequantizeLinear(q, ys, yz)",
+             a=moved(4, 3).then("QuantizeLinear@s,az"), s=const(0.02), az=const(12, "uint8"),
+             b=moved(3, 5).then("QuantizeLinear@s,az"), ys=const(0.02), yz=const(10, "uint8"), groups=2),
     ],
 }  # fmt: skip
 _TABLES = {"c": weight(5, 3), "s": weight(5, 3), "p": const([[0, 1, 2, 3]])}

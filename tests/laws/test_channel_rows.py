@@ -8,7 +8,7 @@ group. Whether a group is called inexact for a reason, and whether something can
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,23 +22,32 @@ from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpRow
 from graphopt.ir.session import open_session
 from tests.laws.channel_cases import Case, Cases
+from tests.laws.channel_cases_elementwise import ELEMENTWISE, NEWEST
 from tests.laws.channel_cases_layout import LAYOUT
 from tests.laws.channel_cases_linear import LINEAR
+from tests.laws.channel_cases_norm import NORMS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # masked cases divide by zero on purpose
 
 TOLERANCE = 1e-4
-_SHOWN = 3
+_SHOWN, _ATTEMPTS = 3, 3
 MOST_ALONE = 8
 """Groups of a case that are also removed each by itself."""
-CASES: Cases = {**LINEAR, **LAYOUT}
-ROWS = {
-    f"{row.domain}::{row.op_type}" if row.domain else row.op_type: row for row in default_table() if row.channels
+OLD_KERNELS = {"Bernoulli", "GlobalLpPool", "MaxRoiPool", "RandomNormalLike", "RandomUniformLike", "RoiAlign"}
+"""Operators whose newest version onnxruntime does not have."""
+CASES: Cases = {
+    operator: [
+        replace(spec, opset=NEWEST) if spec.opset == 21 and index % 2 and operator not in OLD_KERNELS else spec
+        for index, spec in enumerate(specs)
+    ]
+    for operator, specs in {**LINEAR, **NORMS, **ELEMENTWISE, **LAYOUT}.items()
 }
+"""By operator, every other configuration at the newest opset of onnxruntime."""
+ROWS = {f"{row.domain}::{row.op_type}" if row.domain else row.op_type: row for row in default_table() if row.channels}
 NOT_RUN = {
-    "SwiGLU": "opset 28, which no onnxruntime has",
     "Scatter": "left the standard at opset 11, and a model is lifted to 18",
     "Upsample": "left the standard at opset 10, and a model is lifted to 18",
+    "SimplifiedLayerNormalization": "onnx's checker, which loading asks, does not know it",
     "com.microsoft::BiasAdd": "onnxruntime has no kernel for the CPU",
     "com.microsoft::TorchEmbedding": "onnxruntime has no kernel for the CPU",
 }
@@ -87,8 +96,9 @@ class Law:
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes_of(self.model)
         }
         self.coverage()
-        exact = [group for group in self.groups if group.prunable and group.exact]
-        inexact = [group for group in self.groups if group.prunable and not group.exact]
+        several = [group for group in self.groups if group.prunable and group.units > 1]
+        exact = [group for group in several if group.exact]
+        inexact = [group for group in several if not group.exact]
         if exact:
             self.exact({group.name: self.some(group) for group in exact}, "all exact groups")
         for group in exact[:MOST_ALONE] if len(exact) > 1 else ():
@@ -167,10 +177,11 @@ class Law:
         self, removed: np.ndarray, wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
     ) -> Iterable[str]:
         """The slice law at each value, and what the rules say of zeros."""
+        analysis = self.groups.analysis
         for name, value in self.values.items():
-            tracks = self.groups.analysis.state.tracks.get(value)
-            if tracks is None or name not in found or name not in wanted:
-                continue
+            tracks = analysis.state.tracks.get(value)
+            if tracks is None or name not in found or value in analysis.facts[0].sizes:
+                continue  # sizes are repaired where they are used
             left = wanted[name]
             for axis, track in enumerate(tracks):
                 kept = self.groups.units.kept(value, axis, removed)
@@ -190,31 +201,40 @@ class Law:
     def default_optimisation(
         self, cut: ir.Model, outputs: Sequence[str], found: Mapping[str, np.ndarray]
     ) -> Iterable[str]:
-        """Whether the smaller model loads and runs the same as onnxruntime optimises it."""
+        """Whether the smaller model loads and runs the same as onnxruntime optimises it.
+
+        Products with a dequantized weight are only run: onnxruntime makes them products of integers, which round.
+        """
         if self.spec.reference:
             return []
         try:
             optimised = open_session(cut).run_feeds(self.spec.feeds())
         except GraphoptError as error:
             return [f"optimised: {error}"]
+        if "DequantizeLinear" in self.found.operators:
+            return []
         return [f"optimised: {why}" for why in self.agree(outputs, found, dict(zip(outputs, optimised, strict=True)))]
 
     def inexact(self, group: ChannelGroup) -> None:
-        """Removing works; whether it differs is noted for the operator that is blamed."""
-        selection = {group.name: self.some(group)}
-        text = f"removing {group.name!r}, which is inexact, {selection[group.name]}"
-        try:
-            if self.removable(selection) is None:
-                self.found.wrong(f"{text}: the selection is refused")
-                return
-            cut = graphopt.remove_channels(self.model, selection, groups=self.groups)
-            masked = graphopt.mask_channels(self.model, selection, groups=self.groups)
-            wanted, found = self.run(masked), self.run(cut)
-        except Exception as error:
-            self.found.wrong(f"{text}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            return
+        """Removing works; whether it ever differs is noted for the operator that is blamed."""
         names = [value.name or "" for value in self.model.graph.outputs]
-        differs = any(difference(wanted[name], found[name]) is not None for name in names)
+        differs = False
+        for _ in range(_ATTEMPTS):
+            selection = {group.name: self.some(group)}
+            text = f"removing {group.name!r}, which is inexact, {selection[group.name]}"
+            try:
+                if self.removable(selection) is None:
+                    self.found.wrong(f"{text}: the selection is refused")
+                    return
+                cut = graphopt.remove_channels(self.model, selection, groups=self.groups)
+                masked = graphopt.mask_channels(self.model, selection, groups=self.groups)
+                wanted, found = self.run(masked), self.run(cut)
+            except Exception as error:
+                self.found.wrong(f"{text}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                return
+            differs = any(self.agree(names, wanted, found))
+            if differs:
+                break
         assert group.inexact_reason is not None
         self.found.marked.append((group.inexact_reason.split()[0], differs))
 
@@ -224,9 +244,8 @@ class Law:
         if self.spec.reference:
             proto = ir.to_proto(model)
             names = [*self.values, *(value.name for value in proto.graph.output)]
-            del proto.graph.output[:]
-            proto.graph.output.extend(ir.to_proto(ir.Value(name=name)) for name in names)
-            return dict(zip(names, ReferenceEvaluator(proto).run(None, feeds), strict=True))
+            arrays = ReferenceEvaluator(proto).run(names, feeds)
+            return dict(zip(names, map(np.asarray, arrays), strict=True))
         session = open_session(model, optimized=False, extra_outputs=self.values)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run_feeds(feeds), strict=True))

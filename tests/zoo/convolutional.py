@@ -136,11 +136,11 @@ class RepVGG(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.three, self.one = conv_bn(3, 16, 3, 2), conv_bn(16, 16, 3), conv_bn(16, 16, 1)
-        self.same = nn.BatchNorm2d(16)
+        self.same, self.head = nn.BatchNorm2d(16), nn.Conv2d(16, 10, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
-        return F.relu(self.three(x) + self.one(x) + self.same(x))
+        return self.head(F.relu(self.three(x) + self.one(x) + self.same(x)))
 
 
 class UNet(nn.Module):
@@ -193,9 +193,11 @@ class Conv1d3d(nn.Module):
         super().__init__()
         self.one, self.norm1 = nn.Conv1d(4, 8, 5, 2), nn.BatchNorm1d(8)
         self.three, self.norm3 = nn.Conv3d(2, 4, 3, padding=1, bias=False), nn.BatchNorm3d(4)
+        self.last1, self.last3 = nn.Conv1d(8, 5, 1), nn.Conv3d(4, 3, 1)
 
     def forward(self, sound: Tensor, volume: Tensor) -> dict[str, Tensor]:
-        return {"sound": self.norm1(self.one(sound)).tanh(), "volume": F.elu(self.norm3(self.three(volume)))}
+        sound, volume = self.norm1(self.one(sound)).tanh(), F.elu(self.norm3(self.three(volume)))
+        return {"sound": self.last1(sound), "volume": self.last3(volume)}
 
 
 ENTRIES = {

@@ -78,6 +78,22 @@ CORE = FILES["convolutional"] + FILES["sequential"]
 NAMES = tuple(name for names in FILES.values() for name in names)
 """Every model of the zoo."""
 
+_SLOW = {
+    # Exported within seconds each, and close to another that is not: they run with the slow tests.
+    "dual-path", "resnest", "ghostnet", "res2net", "regnet", "selective-kernel", "cbam", "coordinate-attention",
+    "global-context", "mixed-linear", "retinanet", "ssd", "yolo-csp", "hrnet", "deformable-grid", "centre-points",
+    "deeplab", "generator", "modulated-conv", "capsules", "vector-quantizer", "net-vlad", "nerf", "dlrm",
+}  # fmt: skip
+_QUICK_TRANSFORMERS = {
+    "fused-qkv-vit", "vit-attention-operator", "hf-vit", "mlp-mixer", "gmlp", "hf-bert", "gpt2", "hf-llama",
+    "moe-top-k", "moe-dense", "einsum-attention", "interleaved-rotary", "relative-keys", "linear-attention", "cross-attention",
+    "cached-attention", "lstm-time-first", "lstm-projected-states", "gru", "rnn-tanh", "conv-lstm", "sru", "qrnn",
+}  # fmt: skip
+_HEAVY = {*FILES["transformers_vision"], *FILES["transformers_language"], *FILES["recurrent_models"]}
+
+QUICK = tuple(name for name in NAMES if name in _QUICK_TRANSFORMERS or name not in _SLOW | _HEAVY)
+"""The models whose exports the fast tests can afford; every structure is there once."""
+
 _SHARED = ("entry.py", "blocks.py")
 """Sources on which every export depends; besides these, no file of the zoo imports another one."""
 _USUAL_SIZES = {"batch": 2, "batch_size": 2, "sequence": 12, "sequence_length": 12}
