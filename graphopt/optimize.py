@@ -21,11 +21,11 @@ from graphopt.inputs.calibration import Calibration, as_array, fit_feeds
 from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.check import check_structure
+from graphopt.ir.dimensions import dimension_name
 from graphopt.ir.load import Source, read
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, tensor_shape
 from graphopt.ir.opset import check_opset
-from graphopt.ir.propagate import dimension_name
 from graphopt.ir.session import open_session
 from graphopt.passes.contract import Context, Pass
 from graphopt.pipeline import Budget, Evaluate, Guard, run_recipe

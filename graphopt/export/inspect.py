@@ -15,9 +15,9 @@ from rich.text import Text
 from graphopt.inputs.calibration import fit_feeds
 from graphopt.inputs.probes import symbolic_sizes
 from graphopt.ir.cost import OperatorCost, cost
+from graphopt.ir.dimensions import dimension_name, symbolic_dimensions
 from graphopt.ir.load import Source, load, read
 from graphopt.ir.ops.row import tensor_bytes
-from graphopt.ir.propagate import dimension_name, symbolic_dimensions
 
 _LARGEST = 10
 

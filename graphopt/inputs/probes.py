@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.spectra import natural_images, pink_noise
-from graphopt.ir.propagate import dimension_name
+from graphopt.ir.dimensions import dimension_name
 from graphopt.ir.session import open_session
 
 KINDS = ("image", "audio", "gaussian", "tokens", "mask", "integer")

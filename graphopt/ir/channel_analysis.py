@@ -264,8 +264,7 @@ class _Run:
         if all(value is None or value in self.state.weights for value in node.inputs) and not subgraphs:
             self.state.weights.update(node.outputs if node.inputs else ())
         if row is None or row.channels is None:
-            known = "no rule says how channels pass it" if row is not None else "an operator that is not known"
-            self._opaque(node, known)
+            self._opaque(node, row.why_frozen if row is not None else "an operator that the table does not know")
             return
         site = ChannelSite(node, self.state, self.analysis.shapes, self.analysis.constant, self._graph)
         try:

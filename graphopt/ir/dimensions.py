@@ -13,6 +13,10 @@ from functools import lru_cache, reduce
 
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import Shape
+
+DEFAULT_SIZE = 2
+"""Elements of a symbolic dimension that nobody gave a size. Never 1: broadcasting would be ambiguous."""
 Dimension = int | str
 """Number of elements, or the symbol or expression that stands for it."""
 
@@ -112,3 +116,34 @@ def _multiplied(sizes: tuple[Dimension, ...]) -> Dimension | None:
 
 def _read(text: str) -> Dimension:
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def dimension_name(value: ir.Value, axis: int) -> str | None:
+    """Name of a symbolic dimension: its own, or `value[axis]` where the model left it anonymous; None if static."""
+    assert value.shape is not None
+    dimension = value.shape[axis]
+    if isinstance(dimension, int):
+        return None
+    return dimension.value or f"{value.name}[{axis}]"
+
+
+def symbolic_dimensions(model: ir.Model) -> list[str]:
+    """Names of the symbolic dimensions of the model's inputs, each once, in order of appearance."""
+    names: dict[str, None] = {}
+    for value in model.graph.inputs:
+        for axis in range(len(value.shape) if value.shape is not None else 0):
+            name = dimension_name(value, axis)
+            if name is not None:
+                names[name] = None
+    return list(names)
+
+
+def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
+    """Declared shape with numbers for symbols; None where the rank is unknown or a symbol is an unbound expression."""
+    if value.shape is None:
+        return None
+    shape: list[int] = []
+    for axis, dimension in enumerate(value.shape):
+        name = dimension_name(value, axis)
+        shape.append(int(dimension) if name is None else sizes.get(name, DEFAULT_SIZE))  # type: ignore[arg-type]
+    return tuple(shape)

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from graphopt.ir.dimensions import concrete_shape
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError, tensor_shape
 
@@ -24,8 +25,6 @@ MAXIMUM_CONSTANT_ELEMENTS = 4096
 """Larger values are data, not shape arithmetic, and are not tracked."""
 _MOST_FLOATS = 64
 """Floats that a size may depend on are scales of a Resize and bounds of a Range; larger constants are weights."""
-DEFAULT_SIZE = 2
-"""Elements of a symbolic dimension that nobody gave a size. Never 1: broadcasting would be ambiguous."""
 LITERAL = "graphopt.literal"
 """Key in the `meta` of an initializer that came from a Constant node: a number in the code, not a parameter."""
 _NOT_DETERMINISTIC = {
@@ -91,37 +90,6 @@ class Facts:
         if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS:
             return None
         return self.constant(value)
-
-
-def dimension_name(value: ir.Value, axis: int) -> str | None:
-    """Name of a symbolic dimension: its own, or `value[axis]` where the model left it anonymous; None if static."""
-    assert value.shape is not None
-    dimension = value.shape[axis]
-    if isinstance(dimension, int):
-        return None
-    return dimension.value or f"{value.name}[{axis}]"
-
-
-def symbolic_dimensions(model: ir.Model) -> list[str]:
-    """Names of the symbolic dimensions of the model's inputs, each once, in order of appearance."""
-    names: dict[str, None] = {}
-    for value in model.graph.inputs:
-        for axis in range(len(value.shape) if value.shape is not None else 0):
-            name = dimension_name(value, axis)
-            if name is not None:
-                names[name] = None
-    return list(names)
-
-
-def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
-    """Declared shape with numbers for symbols; None where the rank is unknown or a symbol is an unbound expression."""
-    if value.shape is None:
-        return None
-    shape: list[int] = []
-    for axis, dimension in enumerate(value.shape):
-        name = dimension_name(value, axis)
-        shape.append(int(dimension) if name is None else sizes.get(name, DEFAULT_SIZE))  # type: ignore[arg-type]
-    return tuple(shape)
 
 
 def propagate(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.dimensions import evaluate, polynomial
-from graphopt.ir.propagate import Facts, propagate, symbolic_dimensions
+from graphopt.ir.dimensions import evaluate, polynomial, symbolic_dimensions
+from graphopt.ir.propagate import Facts, propagate
 
 _MOST_SYMBOLS = 4
 """Input symbols that are varied one by one; dimensions that depend on others stay anonymous."""

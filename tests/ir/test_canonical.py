@@ -9,9 +9,10 @@ import pytest
 
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.compare import within_exact
+from graphopt.ir.dimensions import symbolic_dimensions
 from graphopt.ir.fingerprint import fingerprint
 from graphopt.ir.load import load
-from graphopt.ir.propagate import propagate, symbolic_dimensions
+from graphopt.ir.propagate import propagate
 from graphopt.ir.session import open_session
 
 

@@ -172,15 +172,10 @@ def _binary(operator: str) -> list[Case]:
 
 
 _BINARY = (
-    "Add", "Sub", "Sum", "Mean", "Max", "Min", "Mul", "And", "BitwiseAnd", "PRelu", "Equal", "Greater",
+    "Add", "Sub", "Sum", "Mean", "Max", "Min", "Mul", "And", "BitwiseAnd", "Equal", "Greater",
     "GreaterOrEqual", "Less", "LessOrEqual", "Or", "Xor", "BitwiseOr", "BitwiseXor",
 )  # fmt: skip
-_NOT_LEFT = {"PRelu": 0}
-"""Ops whose second operand broadcasts to the first only."""
-ELEMENTWISE |= {
-    operator: [spec for spec in _binary(operator) if operator != "PRelu" or len(spec.operands["b"].shape) < 3]
-    for operator in _BINARY
-}
+ELEMENTWISE |= {operator: _binary(operator) for operator in _BINARY}
 ELEMENTWISE["PRelu"] = [
     case("y = PRelu(a, s)", a=data(2, 4, 3), s=weight(4, 1), passes=(0, 1, 2)),
     case("y = PRelu(a, s)", a=data(2, 4, 3), s=weight(4, 1), reads="square"),
@@ -210,7 +205,8 @@ ELEMENTWISE["SwiGLU"] = [
 ]
 ELEMENTWISE |= {
     "BitShift": [
-        case('y = BitShift<direction="LEFT">(a, b)', a=numbers(4, 3, to=_UINT64), b=numbers(3, to=_UINT64), passes=(0, 1)),
+        case('y = BitShift<direction="LEFT">(a, b)', a=numbers(4, 3, to=_UINT64), b=numbers(3, to=_UINT64),
+             passes=(0, 1)),
         case('y = BitShift<direction="RIGHT">(a, b)', a=numbers(4, 3, high=9, to=_UINT64), b=const([[1]], "uint64")),
         case('y = BitShift<direction="LEFT">(a, b)', a=const([[1, 2, 3]], "uint64"), b=numbers(4, 3, to=_UINT64)),
     ],

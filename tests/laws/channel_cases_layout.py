@@ -156,6 +156,8 @@ _INDEXING: Cases = {
              e=const([4]), u=const([8]), i=const([1]), passes=(0, 1), groups=2),
         case("b = Slice(a, s, u, i, t)", "c = Slice(a, o, u, i, t)", "y = Mul(b, c)", a=data(2, 8), s=const([0]),
              o=const([1]), u=const([8]), i=const([1]), t=const([2]), passes=(0, 1), groups=2),
+        case("b = Slice(a, s, e, i)", "c = Slice(a, e, u, i)", "d = Concat<axis=1>(c, b)", "y = Mul(a, d)",
+             a=data(2, 8), s=const([0]), e=const([4]), u=const([8]), i=const([1]), passes=(0, 1), groups=2),
         case("y = Slice(a, s, e, i)", a=rows(8), **_STARTS, passes=(1,)),
         case("y = Slice(a, s, e, i)", a=rows(8), s=const([0]), e=const([2]), i=const([0]), passes=(1,)),
         case("n = Shape(x)", "y = Slice(a, s, n, i)", a=data(4, 9), x=rows().then("Identity"), s=const([0]),
@@ -173,8 +175,8 @@ _INDEXING: Cases = {
         case("y = Gather(t, i)", i=fed([[1, 0, 3]], "int64"), t=_TABLE, passes=(2,)),
         case("y = Gather(t, i)", i=numbers(2, 3), t=_TABLE, passes=(0, 1, 2), groups=3),
         case("y = Gather<axis=1>(x, i)", x=fed(np.ones((2, 5), np.float32)), i=const([4, 0, 2]), passes=(1,)),
-        case("y = Gather<axis=1>(x, i)", "z = Gather<axis=1>(a, i)", "w = Mul(y, z)", x=fed(np.ones((2, 5), np.float32)),
-             i=const([4, 0, 2]), a=data(2, 5), results=("w",), groups=0),
+        case("y = Gather<axis=1>(x, i)", "z = Gather<axis=1>(a, i)", "w = Mul(y, z)", i=const([4, 0, 2]), a=data(2, 5),
+             x=fed(np.ones((2, 5), np.float32)), results=("w",), groups=0),
         case("y = Gather<axis=1>(a, i)", a=rows(6), i=const([5, 1], "int32"), passes=(1,)),
         case("b = Gather<axis=1>(a, i)", "c = Gather<axis=1>(a, j)", "y = Mul(b, c)", a=data(2, 6), i=const([0, 1, 2]),
              j=const([5, 4, 3]), passes=(0, 1), groups=2),
@@ -329,7 +331,10 @@ def _loop(body: str, extra: str = "", results: str = "y") -> str:
     )
 
 
-_SCAN = "{0} = Scan<num_scan_inputs=1{1}, body = g (float[2,4] h, float[2,4] x) => (float[2,4] o, float[2,4] z) {{ {2} }}>(a, b)"
+_SCAN = (
+    "{0} = Scan<num_scan_inputs=1{1}, body = g (float[2,4] h, float[2,4] x) => (float[2,4] o, float[2,4] z) "
+    "{{ {2} }}>(a, b)"
+)
 _CONTROL: Cases = {
     "If": [
         case(_if("r = Relu(a)", "s = Mul(a, a)"), c=_TRUE, a=data(2, 4), passes=(0, 1), groups=2),
@@ -343,11 +348,23 @@ _CONTROL: Cases = {
         case("y = If(c)<then_branch = t () => (float[2,4] r) { r = Identity(a) }, "
              "else_branch = e () => (float[2,3] s) { s = Identity(b) }>", c=_TRUE, a=data(2, 4), b=data(2, 3),
              groups=0),
+        case(_if("w = Constant<value = float[4] {1.0, 2.0, 3.0, 4.0}>() r = Add(a, w)", "s = Relu(a)"), c=_TRUE,
+             a=data(2, 4), reads="square", groups=1),
+        case(_if("r = Identity(w)", "s = Identity(a)"), c=_TRUE, a=data(2, 4), w=weight(2, 4), passes=(0, 1),
+             groups=2),
+        case(_if("d = Not(c) r = If(d)<then_branch = f () => (float[2,4] u) { u = Mul(a, v) }, "
+                 "else_branch = g () => (float[2,4] w) { w = Neg(b) }>", "s = Add(a, b)"), c=_TRUE, a=data(2, 4),
+             b=data(4), v=weight(4), groups=0),
         case(_if("r = Add(a, b)", "s = Sub(a, b)"), c=_TRUE, a=data(2, 4), b=data(4), passes=(0, 1), groups=2),
     ],
     "Loop": [
         case(_loop("o = Mul(h, w)"), m=_COUNT, a=data(2, 4), w=weight(4), passes=(0, 1), groups=2),
         case(_loop("o = MatMul(h, w)"), m=_COUNT, a=data(2, 4), w=weight(4, 4), passes=(0, 1), groups=2),
+        case(_loop("k = Add(b, w) o = Mul(h, k)"), m=_COUNT, a=data(2, 4), b=data(2, 4), w=weight(4), reads="square",
+             groups=2),
+        case(_loop("k = If(p)<then_branch = f () => (float[2,4] u) { u = MatMul(h, w) }, "
+                   "else_branch = e () => (float[2,4] v) { v = Identity(h) }> o = Add(k, b)"), m=_COUNT, a=data(2, 4),
+             w=weight(4, 4), b=weight(4), passes=(0, 1), groups=1),
         case(_loop("o = Sigmoid(h)"), m=_COUNT, a=data(2, 4), reads="square", groups=0),
         case(_loop("k = MatMul(h, w) l = Relu(k) o = MatMul(l, v)"), m=_COUNT, a=data(2, 4), w=weight(4, 5),
              v=weight(5, 4), passes=(0, 1), groups=3),

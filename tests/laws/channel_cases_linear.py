@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from tests.laws.channel_cases import Cases, case, codes, const, data, fed, moved, rows, weight
+from tests.laws.channel_cases import Case, Cases, Operand, case, codes, const, data, fed, moved, rows, weight
 
 _CONVOLUTION: Cases = {
     "Conv": [
@@ -205,8 +207,8 @@ _ATTENTION: Cases = {
         case("y, pk, pv = Attention(q, k, v, , i, j)", q=data(2, 3, 4, 5), k=data(2, 3, 6, 5), v=data(2, 3, 6, 7),
              i=moved(2, 3, 2, 5), j=moved(2, 3, 2, 7), results=("y", "pk", "pv"), opset=23, groups=0),
         case("u = Add(q, t)", "y, pk, pv = Attention(u, k, v, , i, j)", q=data(1, 3, 4, 5), t=data(1, 1, 4, 1),
-             k=data(1, 3, 6, 5), v=data(1, 3, 6, 7), i=moved(1, 3, 2, 5), j=moved(1, 3, 2, 7), results=("y", "pk", "pv"),
-             opset=23, groups=0),
+             k=data(1, 3, 6, 5), v=data(1, 3, 6, 7), i=moved(1, 3, 2, 5), j=moved(1, 3, 2, 7),
+             results=("y", "pk", "pv"), opset=23, groups=0),
         case("y, pk, pv = Attention(q, k, v, , i, j)", q=data(1, 3, 4, 5), k=data(1, 3, 6, 5), v=data(1, 3, 6, 7),
              i=weight(1, 3, 2, 5), j=weight(1, 3, 2, 7), opset=23, results=("y", "pk", "pv"), passes=(1, 3), groups=3),
         case("y, pk, pv, qk = Attention(q, k, v)", q=data(2, 3, 4, 5), k=data(2, 3, 6, 5), v=data(2, 3, 6, 7),
@@ -254,21 +256,21 @@ _ATTENTION: Cases = {
 }  # fmt: skip
 
 
-def _recurrent(operator: str, gates: int) -> list:
+def _recurrent(operator: str, gates: int) -> list[Case]:
     """One operator with the directions, states, biases and activations that onnxruntime has."""
     states = "i, j" if operator == "LSTM" else "i"
     results = "y, h, c" if operator == "LSTM" else "y, h"
     names = tuple(results.split(", "))
 
-    def operands(directions: int, batch: int = 2) -> dict:
+    def operands(directions: int) -> dict[str, Operand]:
         return {
-            "a": data(3, batch, 4),
+            "a": data(3, 2, 4),
             "w": weight(directions, gates * 5, 4),
             "r": weight(directions, gates * 5, 5),
             "b": weight(directions, gates * 10),
         }
 
-    def starts(directions: int, kind=data) -> dict:
+    def starts(directions: int, kind: Callable[..., Operand] = data) -> dict[str, Operand]:
         return {name: kind(directions, 2, 5) for name in states.split(", ")}
 
     call = f"{operator}<hidden_size=5"

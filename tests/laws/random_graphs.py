@@ -32,9 +32,7 @@ class GraphGrower:
         for _ in range(steps):
             name = self.random.choice(STEPS)
             made = getattr(self, name)(self.random.choice(self.values[-4:]))
-            self.values.extend(value for value in made if value[1] <= 48) if isinstance(made, list) else None
-            if isinstance(made, tuple) and made[1] <= 48:
-                self.values.append(made)
+            self.values.extend(value for value in (made if isinstance(made, list) else [made]) if 0 < value[1] <= 48)
         last = self.conv(self.values[-1], channels=5)
         pooled = self.node("ReduceMean", [last[0], self.integers([2])], keepdims=0)
         second = self.conv(self.values[len(self.values) // 2], channels=3)
@@ -105,7 +103,7 @@ class GraphGrower:
         return node, each * groups
 
     def unary(self, value: Value) -> Value:
-        op = self.random.choice(("Relu", "Tanh", "Sigmoid", "Neg", "Exp", "Softplus", "HardSwish", "Erf", "Cos"))
+        op = self.random.choice(("Relu", "Tanh", "Sigmoid", "Neg", "Softplus", "HardSwish", "Erf", "Cos"))
         return self.node(op, [value[0]]), value[1]
 
     def batchnorm(self, value: Value) -> Value:

@@ -6,6 +6,8 @@ A node that holds subgraphs costs nothing itself: `graphopt.ir.cost` counts the 
 
 from __future__ import annotations
 
+from functools import partial
+
 from graphopt.ir.ops.channels import control as channels
 from graphopt.ir.ops.families import unary
 from graphopt.ir.ops.row import OpRow, Site
@@ -36,13 +38,15 @@ def _scan_length(site: Site) -> int | None:
     return None if not shape else shape[axes[0]]
 
 
+_sequences = partial(unary, frozen="tensors inside sequences and optionals are not followed")
+
 ROWS: tuple[OpRow, ...] = (
     *unary("If", structural=(0,), channels=channels.branching),
     *unary("Loop", structural=(0, 1), channels=channels.looping),
     *unary("Scan", channels=channels.scanning),
-    *unary("SequenceMap"),
-    *unary("SequenceConstruct", "SequenceEmpty", "SequenceLength", "ConcatFromSequence"),
-    *unary("SequenceAt", "SequenceErase", "SplitToSequence", structural=(1,)),
-    *unary("SequenceInsert", structural=(2,)),
-    *unary("Optional", "OptionalGetElement", "OptionalHasElement"),
+    *_sequences("SequenceMap"),
+    *_sequences("SequenceConstruct", "SequenceEmpty", "SequenceLength", "ConcatFromSequence"),
+    *_sequences("SequenceAt", "SequenceErase", "SplitToSequence", structural=(1,)),
+    *_sequences("SequenceInsert", structural=(2,)),
+    *_sequences("Optional", "OptionalGetElement", "OptionalHasElement"),
 )

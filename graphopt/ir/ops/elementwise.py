@@ -39,7 +39,7 @@ ROWS: tuple[OpRow, ...] = (
     *_keeping("CastLike", structural=(1,)),
     *unary("Dropout", structural=(1, 2), channels=channels.dropout),
     *_moving("RandomNormalLike", "RandomUniformLike", "Bernoulli"),
-    *unary("Multinomial"),
+    *unary("Multinomial", frozen="it draws positions by the values of all of them"),
     *unary("RandomNormal", "RandomUniform", channels=positions),
     *broadcasting("Add", "Sub", "Sum", "Mean", "Max", "Min"),
     *_of_any("Mul", "And", "SwiGLU", "BitwiseAnd"),

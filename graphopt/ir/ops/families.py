@@ -33,6 +33,7 @@ def unary(
     element_type: int | ir.DataType = 0,
     channels: ChannelsRule | None = None,
     repair: RepairRule | None = None,
+    frozen: str = "",
 ) -> tuple[OpRow, ...]:
     """Rows of ops whose output is computed from input 0 without a contraction: 0 MACs.
 
@@ -55,6 +56,7 @@ def unary(
             element_type=element_type,
             channels=channels,
             repair=repair,
+            frozen=frozen,
         )
         for name in names
     )
@@ -88,13 +90,21 @@ def broadcasting(
     )
 
 
-def uncounted(*names: str, domain: str = "", structural: tuple[int, ...] = ()) -> tuple[OpRow, ...]:
+def uncounted(
+    *names: str,
+    domain: str = "",
+    structural: tuple[int, ...] = (),
+    channels: ChannelsRule | None = None,
+    frozen: str = "",
+) -> tuple[OpRow, ...]:
     """Rows of ops that multiply and accumulate an unknown number of times: cost lists them as unknown.
 
     The comment at the call says why it is unknown. An op of another domain needs no such row: no row means
     the same.
     """
-    return tuple(OpRow(name, domain=domain, structural=structural, cost=None) for name in names)
+    return tuple(
+        OpRow(name, domain=domain, structural=structural, cost=None, channels=channels, frozen=frozen) for name in names
+    )
 
 
 def same_shape(site: Site) -> list[Shape]:

@@ -20,7 +20,8 @@ Written by `python -m graphopt.ir.ops`; do not edit. One row an operator, valid 
   scales or zero points. Neither holds parameters.
 * **shape**: where graphopt infers the output shapes; `onnx.shape_inference` does otherwise.
 * **channels**, **repair**, **torch**: whether the row can be pruned through, repaired after, and lifted.
-  An empty cell means hands off: axes are frozen, lifting refuses.
+  An empty cell means hands off: axes are frozen (the reasons are at the end of the page), lifting refuses; an
+  empty repair says that no attribute or size depends on how many channels there are.
 
 An operator that is not here is never guessed: its axes are frozen, its cost is listed as unknown.
 """
@@ -34,12 +35,27 @@ def table_as_markdown() -> str:
         lines = [f"## {family}", "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
         lines += [_line(_cells(row)) for row in rows]
         sections.append("\n".join(lines) + "\n")
+    sections.append(_frozen())
     return "\n".join(sections)
+
+
+def _frozen() -> str:
+    """The operators that channels cannot pass, and why."""
+    lines = ["## Frozen", "", "Operators without a `channels` rule: every axis that they touch must stay.", ""]
+    lines += [_line(["operator", "reason"]), _line(["---", "---"])]
+    rows = [row for family in FAMILIES.values() for row in family if row.channels is None]
+    lines += [_line([_operator(row), row.why_frozen]) for row in rows if not row.domain]
+    lines += [_line([_operator(row), row.why_frozen]) for row in rows if row.domain]
+    return "\n".join(lines) + "\n"
+
+
+def _operator(row: OpRow) -> str:
+    return f"{row.domain}::{row.op_type}" if row.domain else row.op_type
 
 
 def _cells(row: OpRow) -> list[str]:
     return [
-        f"{row.domain}::{row.op_type}" if row.domain else row.op_type,
+        _operator(row),
         str(row.since),
         _formula(row),
         _indices(row.structural),

@@ -28,7 +28,7 @@ ROWS: tuple[OpRow, ...] = (
     *unary("InstanceNormalization", channels=channels.instance_normalization),
     *unary("LayerNormalization", "RMSNormalization", channels=channels.layer_normalization),
     # Function ops whose bodies defeat onnx.shape_inference. Before opset 21 there was one scale a group.
-    *unary("GroupNormalization", shape=same_shape),
+    *unary("GroupNormalization", shape=same_shape, frozen="before opset 21 it has one scale a group"),
     OpRow(
         "GroupNormalization",
         since=21,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from graphopt.ir.ops.channels.layout import positions, transform
 from graphopt.ir.ops.families import no_macs, unary, uncounted
 from graphopt.ir.ops.row import OpRow, Shape, Site
 from graphopt.ir.ops.shape import required_constant
+
+_TEXT = "text and files have no channels"
 
 
 def window_shape(site: Site) -> list[Shape]:
@@ -34,12 +37,18 @@ def short_time_fourier_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("BlackmanWindow", "HammingWindow", "HannWindow", structural=(0,), shape=window_shape),
-    OpRow("MelWeightMatrix", structural=(0, 1, 2, 3, 4), cost=no_macs, shape=mel_matrix_shape),
+    *unary("BlackmanWindow", "HammingWindow", "HannWindow", structural=(0,), shape=window_shape, channels=positions),
+    OpRow(
+        "MelWeightMatrix",
+        structural=(0, 1, 2, 3, 4),
+        cost=no_macs,
+        shape=mel_matrix_shape,
+        channels=positions,
+    ),
     # A Fourier transform is as many MACs as the implementation's factorisation of its length.
-    *uncounted("DFT", structural=(1, 2)),
-    OpRow("STFT", structural=(1, 3), cost=None, shape=short_time_fourier_shape),
+    *uncounted("DFT", structural=(1, 2), channels=transform),
+    OpRow("STFT", structural=(1, 3), cost=None, shape=short_time_fourier_shape, channels=positions),
     # Text and files: their work is not arithmetic.
-    *unary("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"),
-    *unary("ImageDecoder"),
+    *unary("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", frozen=_TEXT),
+    *unary("ImageDecoder", frozen=_TEXT),
 )

@@ -51,9 +51,9 @@ ROWS: tuple[OpRow, ...] = (
     *unary("ArgMax", "ArgMin", channels=channels.ranking),
     *unary("TopK", structural=(1,), channels=partial(channels.ranking, axis=-1, outputs=2)),
     *unary("CumSum", "CumProd", structural=(1,), channels=channels.cumulative),
-    *unary("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
+    *unary("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss", frozen="its classes are given by the labels"),
     # A determinant is an elimination, whose count is the implementation's.
-    *uncounted("Det"),
+    *uncounted("Det", frozen="a determinant takes whole matrices"),
     *unary("ReduceSumInteger", domain=MICROSOFT, shape=reduced_shape, element_type=ir.DataType.INT32),
     *unary("QLinearReduceMean", domain=MICROSOFT, shape=reduced_shape, quantization=(1, 2, 3, 4)),
     *unary("IsAllFinite", domain=MICROSOFT, shape=scalar_shape, element_type=ir.DataType.BOOL),

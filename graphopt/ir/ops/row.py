@@ -117,6 +117,7 @@ class OpRow:
         cost: see `CostRule`; None means unknown.
         shape: see `ShapeRule`; None means that `onnx.shape_inference` knows.
         channels: see `ChannelsRule`; None freezes every axis that the op touches.
+        frozen: why there is no `channels` rule, one clause that a reader of the frozen groups understands.
         repair: see `RepairRule`; None means nothing to repair.
         torch: see `TorchRule`; None makes `lift` refuse the op by name.
     """
@@ -133,6 +134,14 @@ class OpRow:
     torch: TorchRule | None = None
     quantization: tuple[int, ...] = ()
     element_type: int | ir.DataType = 0
+    frozen: str = ""
+
+    @property
+    def why_frozen(self) -> str:
+        """The reason that channels around an op without a `channels` rule are given for staying."""
+        if self.frozen or not self.domain:
+            return self.frozen or "no rule says how channels pass it"
+        return f"no rule says how channels pass {self.domain} operators: analyse the model before they are put in"
 
     def output_element_type(
         self, node: ir.Node, known: Mapping[ir.Value, ir.DataType] | None = None

@@ -84,6 +84,8 @@ def grid_sample_shape(site: Site) -> list[Shape]:
     return [(*site.input_shape(0)[:2], *site.input_shape(1)[1:-1])]
 
 
+_BY_VALUES = "the shape of its result depends on the values of its input"
+
 ROWS: tuple[OpRow, ...] = (
     *unary("Reshape", structural=(1,), channels=layout.regrouping, repair=layout.repair_reshape),
     *unary("Flatten", channels=layout.regrouping),
@@ -109,20 +111,20 @@ ROWS: tuple[OpRow, ...] = (
     *unary("ScatterND", channels=index.scattering_tuples),
     *unary("TensorScatter", structural=(2,), channels=index.cache_update),
     *unary("Shape", "Size", reads_all=False, channels=layout.sizes_only),
-    *unary("Constant"),
+    *unary("Constant", channels=layout.positions),
     *unary("ConstantOfShape", structural=(0,), channels=layout.filled, repair=layout.repair_filled),
     *unary("EyeLike", reads_all=False, channels=layout.positions),
     OpRow("Range", structural=(0, 1, 2), cost=no_macs, shape=range_shape, channels=layout.positions),
     OpRow("OneHot", structural=(1,), cost=no_macs, shape=one_hot_shape, channels=index.one_hot),
-    OpRow("Compress", reads_all=False, cost=no_macs, shape=compress_shape),
-    OpRow("NonZero", cost=no_macs, shape=non_zero_shape),
-    *unary("Unique"),
-    *unary("NonMaxSuppression", structural=(2, 3, 4)),
+    OpRow("Compress", reads_all=False, cost=no_macs, shape=compress_shape, frozen=_BY_VALUES),
+    OpRow("NonZero", cost=no_macs, shape=non_zero_shape, frozen=_BY_VALUES),
+    *unary("Unique", frozen=_BY_VALUES),
+    *unary("NonMaxSuppression", structural=(2, 3, 4), frozen=_BY_VALUES),
     # Interpolation: fixed weights on few neighbours, 0 by convention.
     *unary("Resize", structural=(1, 2, 3), channels=pool.resampling, repair=pool.repair_resize),
     *unary("Upsample", structural=(1,), channels=pool.resampling),
     *unary("GridSample", channels=pool.grid_sampling),
-    OpRow("AffineGrid", structural=(1,), cost=affine_grid_macs),
+    OpRow("AffineGrid", structural=(1,), cost=affine_grid_macs, channels=layout.positions),
     *unary("Col2Im", structural=(1, 2), channels=pool.column_to_image),
     *unary("Pad", domain=MICROSOFT, structural=(1,), shape=padded_shape),
     *unary("ExpandDims", domain=MICROSOFT, structural=(1,), shape=inserted_axis_shape),

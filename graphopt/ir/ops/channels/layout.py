@@ -220,3 +220,20 @@ def positions(site: ChannelSite) -> None:
     """Range, EyeLike, random fillings: operands are sizes and bounds, and the result has no channels."""
     site.freeze_rest("it says how, not what")
     site.emit(0, (site.fixed(size, "its entries are positions") for size in known_sizes(site)))
+
+
+def transform(site: ChannelSite) -> None:
+    """DFT: the transformed axis and the pair of real and imaginary part stay, all other axes pass.
+
+    The default axis is 1 in version 17 and -2 in version 20: without one, both stay.
+    """
+    tracks = site.take_all(0)
+    axes = site.integers(2) if site.given(2) else [site.attribute("axis")] if site.attribute("axis") else [1, -2]
+    if axes is None:
+        raise OpaqueError("its axis is decided at run time")
+    sizes = known_sizes(site)
+    result = list(tracks)
+    for axis in (*(axis % len(tracks) for axis in axes), len(tracks) - 1):
+        site.freeze(tracks[axis], "its positions are frequencies", channel=False)
+        result[axis] = site.fixed(sizes[axis], "its positions are frequencies")
+    site.emit(0, result)
