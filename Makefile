@@ -30,6 +30,7 @@ check: $(STAMP)
 	$(PYTEST) -m 'not slow and not data'
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run
 
 clean:

@@ -48,7 +48,9 @@ def measure(name: str) -> Row:
     cut = Cut(model, groups)
     row["exact"] = cut.exact(exact)
     row["every"] = cut.every(prunable)
-    failures = [f"{kind}: {row[kind]['failure']}" for kind in ("exact", "every") if row[kind] and "failure" in row[kind]]
+    failures = [
+        f"{kind}: {row[kind]['failure']}" for kind in ("exact", "every") if row[kind] and "failure" in row[kind]
+    ]
     return row | ({"failure": failures[0]} if failures else {})
 
 

@@ -78,7 +78,9 @@ class Decoder:
         """x / sqrt(mean(x**2) + 1e-6) * weight."""
         mean = self.op("ReduceMean", self.op("Pow", x, self.number(2.0)), self.numbers(-1), keepdims=1)
         root = self.op("Sqrt", self.op("Add", mean, self.number(1e-6)))
-        return self.op("Mul", self.op("Mul", x, self.op("Reciprocal", root)), self.weight(f"{name}.weight", self.size.hidden))
+        return self.op(
+            "Mul", self.op("Mul", x, self.op("Reciprocal", root)), self.weight(f"{name}.weight", self.size.hidden)
+        )
 
     def linear(self, name: str, x: ir.Value, inputs: int, outputs: int) -> ir.Value:
         """MatMul with a weight."""
@@ -195,8 +197,6 @@ class Decoder:
     def _name(self, base: str) -> str:
         self._count += 1
         return f"{base}_{self._count}"
-
-
 
 
 def weights(model: ir.Model) -> Iterator[ir.Value]:

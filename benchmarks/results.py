@@ -27,7 +27,10 @@ from benchmarks.models import CACHE
 FOLDER = Path(__file__).parent / "results"
 """Committed results of complete runs. What a partial run finds (`--quick`, some models) goes to the cache instead."""
 PARTIAL_FOLDER = CACHE / "results"
-_PACKAGES = ("graphopt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "onnxslim", "torch", "transformers", "numpy")
+_PACKAGES = (
+    *("graphopt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "onnxslim"),
+    *("torch", "torch-pruning", "transformers", "numpy"),
+)
 _WIDTH_OF_FILES = 160
 
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.channels import ChannelGroups
-from graphopt.ir.cost import cost
+from graphopt.ir.cost import cost, numbers_per_element
 from graphopt.ir.ops.axes import Axis, Reason
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
@@ -81,7 +81,7 @@ class Counts:
 
     def _count_parameters(self) -> None:
         for value in self._analysis.model.graph.initializers.values():
-            numbers = self._numbers_per_element(value)
+            numbers = numbers_per_element(value, self._analysis.row)
             if not numbers or value.const_value is None:
                 continue
             kept = {reasons: count * numbers for reasons, count in self._kept_elements(value).items()}
@@ -89,20 +89,6 @@ class Counts:
             self.prunable[value] = self.parameters[value] - sum(kept.values())
             if kept:
                 self.kept[value] = kept
-
-    def _numbers_per_element(self, value: ir.Value) -> int:
-        """How many parameters an element of an initializer stands for, 0 where it is none: as `cost` counts them."""
-        tensor = value.const_value
-        if tensor is None or tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED, ir.DataType.BOOL):
-            return 0
-        for use in value.uses():
-            row = self._analysis.row(use.node)
-            if row is not None and use.idx in (*row.structural, *row.quantization):
-                continue
-            if not tensor.dtype.is_integer() or tensor.dtype.bitwidth <= 8 or (row is not None and row.quantization):
-                bits = use.node.attributes.get("bits")
-                return 8 // bits.as_int() if bits is not None and tensor.dtype == ir.DataType.UINT8 else 1
-        return 0
 
     def _kept_elements(self, value: ir.Value) -> dict[frozenset[Reason], int]:
         """Elements without a removable coordinate, by why.

@@ -159,7 +159,8 @@ def _agreeing(probes: Probes) -> tuple[list[Facts], list[dict[str, int]]]:
     first = probes.first
     found = [(first, probes.base)]
     for facts, sizes in zip(probes.votes()[1:], probes.vote_sizes()[1:], strict=True):
-        if probes.symbols and all(
+        accepted = probes.symbols and len(facts.conflicts) <= len(first.conflicts)
+        if accepted and all(
             (shape := facts.shape(value)) is not None and len(shape) == len(known)
             for value, known in first.shapes.items()
         ):
@@ -272,7 +273,7 @@ class _Run:
         except (OpaqueError, UntrackableError) as error:
             self._opaque(node, str(error))
             return
-        reason = Reason("it says how, not what", node, channel=False)
+        reason = Reason("no rule accounts for this axis", node)
         for index, value in enumerate(node.inputs):
             for axis, track in enumerate(self.state.tracks.get(value, ()) if value is not None else ()):
                 if (index, axis) not in site.accounted:

@@ -8,26 +8,19 @@ nodes.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
 from graphopt.ir.channel_analysis import weight_sources
 from graphopt.ir.channel_units import UnitGroup, Units
+from graphopt.ir.ops.axes import ONE_OF_A_PACK
 
 _ANONYMOUS = re.compile(r"(onnx::\w+|val_\d+|[A-Za-z]+_\d+|_*\d+)$")
 """Names that exporters make up for weights; the node that reads the weight says more."""
 _LINEAR = {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}
-_WORDS = {
-    "hidden units": "hidden units",
-    "repeats": "query heads per key head",
-    "head width": "head width",
-    "value width": "value width",
-    "heads": "heads",
-    "groups": "groups",
-}
-"""Role to how it is spoken of, the role that names a group with several of them first."""
+_SERVES = ("repeats", "heads", "residual", "head width", "value width", "groups", "group width", "rows")
+"""What an axis may serve as, in the order in which a group with several of these is named."""
 
 
 class Namer:
@@ -43,24 +36,52 @@ class Namer:
     def names(self) -> list[tuple[str, str]]:
         """Name and role of each group; names are unique."""
         found = [self._name(group) for group in self._units.groups]
-        seen: Counter[str] = Counter()
-        unique: list[tuple[str, str]] = []
-        for name, role in found:
-            seen[name] += 1
-            unique.append((name if seen[name] == 1 else f"{name} #{seen[name]}", role))
-        return unique
+        alike: dict[str, list[int]] = {}
+        for index, (name, _) in enumerate(found):
+            alike.setdefault(name, []).append(index)
+        for name, indices in alike.items():
+            if len(indices) > 1:
+                parts = [self._range(self._units.groups[index]) for index in indices]
+                told_apart = None not in parts and len(set(parts)) == len(parts)
+                for number, (index, part) in enumerate(zip(indices, parts, strict=True), start=1):
+                    suffix = f"[{part}]" if told_apart else f" #{number}" if number > 1 else ""
+                    found[index] = name + suffix, found[index][1]
+        return found
+
+    def _range(self, group: UnitGroup) -> str | None:
+        """The run of coordinates that the units own on their first tensor, None where it is no run."""
+        indices = self._units.coordinates(group.members[0], self._units.chosen(group.atoms))
+        if len(indices) == 0 or int(indices[-1]) - int(indices[0]) + 1 != len(indices):
+            return None
+        return f"{int(indices[0])}:{int(indices[-1]) + 1}"
 
     def _name(self, group: UnitGroup) -> tuple[str, str]:
         roles = [entry for leaf in group.leaves for entry in self._roles.get(id(leaf.axis), ())]
         kinds = {role for role, _ in roles}
         values = list(dict.fromkeys(value for value, _ in group.members))
-        role = next((role for role in _WORDS if role in kinds), None)
         producers, nodes = self._producers(group, roles)
-        if role == "repeats" and "heads" not in kinds:
-            role = None
-        if role is None or (role in ("head width", "value width") and len(producers) > 2 and "residual" in kinds):
-            return self._by_weights(values, producers, nodes, "residual" in kinds)
-        return f"{_WORDS[role]} of {_common(values)}", _WORDS[role]
+        consumers = [value for value in values if value not in producers and len(value.shape or ()) > 1]
+        if group.frozen is not None and group.frozen.text == ONE_OF_A_PACK:
+            return f"parts of {_common(values)}", "parts"
+        if "hidden units" in kinds:
+            recurrences = [node.inputs[2] for role, node in roles if role == "hidden units"]
+            weights = {source for value in recurrences if value is not None for source in weight_sources(value)}
+            return (
+                f"hidden units of {_common([value for value in values if value in weights] or values)}",
+                "hidden units",
+            )
+        for role in _SERVES:
+            if role not in kinds or (role == "repeats" and ("heads" not in kinds or len(producers) > 1)):
+                continue
+            if role == "residual":
+                if len(producers) > 1 and consumers:
+                    prefix = _prefix(values)
+                    of = f" of {prefix}" if prefix else ""
+                    return f"residual stream{of} ({len(values)} tensors)", "residual stream"
+            elif role != "group width" or len(producers) == 1:
+                words = "query heads per key head" if role == "repeats" else role
+                return f"{words} of {_common(producers if role == 'group width' else values)}", words
+        return self._by_weights(values, producers, consumers, nodes, "activated" in kinds)
 
     def _producers(
         self, group: UnitGroup, roles: Iterable[tuple[str, ir.Node]]
@@ -80,24 +101,23 @@ class Namer:
         return ordered, [found[value] for value in ordered]
 
     def _by_weights(
-        self, values: Sequence[ir.Value], producers: Sequence[ir.Value], nodes: Sequence[ir.Node], residual: bool
+        self,
+        values: Sequence[ir.Value],
+        producers: Sequence[ir.Value],
+        consumers: Sequence[ir.Value],
+        nodes: Sequence[ir.Node],
+        activated: bool,
     ) -> tuple[str, str]:
-        consumers = [value for value in values if value not in producers and len(value.shape or ()) > 1]
         if not producers:
-            if len(values) == 1 and any(use.node.op_type == "Gather" for use in values[0].uses()):
-                return f"rows of {_module(values[0])}", "rows"
             return f"inputs of {_common(values)}", "inputs"
-        if residual and len(producers) > 1:
-            count = len(values)
-            prefix = _prefix(values)
-            of = f" of {prefix}" if prefix else ""
-            return f"residual stream{of} ({count} tensors)", "residual stream"
         readers = [use.node for value in consumers for use in value.uses()]
         if consumers and all(node.op_type in _LINEAR for node in nodes) and _all_linear(readers):
-            return f"mlp hidden of {_common([*producers, *consumers])}", "mlp hidden"
-        if len(producers) == 1:
-            return _module(producers[0]), "channels"
-        return f"channels of {_common(producers)} ({len(values)} tensors)", "channels"
+            role = "mlp hidden" if activated else "inner width"
+            return f"{role} of {_common([*producers, *consumers])}", role
+        if len(producers) > 1:
+            return f"channels of {_common(producers)} ({len(values)} tensors)", "channels"
+        module = _module(producers[0])
+        return (f"{nodes[0].op_type} {module}" if module.replace(".", "").isdigit() else module), "channels"
 
 
 def _all_linear(nodes: Iterable[ir.Node]) -> bool:

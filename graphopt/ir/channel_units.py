@@ -7,14 +7,14 @@ equally often on the same axes of the same values, activations included, form a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.channel_analysis import ChannelAnalysis, subgraphs_of
+from graphopt.ir.channel_analysis import ChannelAnalysis, subgraphs_of, weight_sources
 from graphopt.ir.ops.axes import Axis, Reason
 from graphopt.ir.ops.labels import Labels
 
@@ -84,7 +84,7 @@ class Units:
         self._store = analysis.store
         self._roots: dict[int, tuple[Axis, list[Place]]] = {}
         self._leaf_of: dict[int, Leaf] = {}
-        self._depth = _depths(analysis.model)
+        self._depth = _depths(analysis.model, analysis.state.weights)
         self._collect()
         self._resolve()
         self.groups = self._group()
@@ -232,8 +232,16 @@ class Units:
                 if atom in of_atom:
                     of_atom[atom].append(leaf)
         found = [self._unit_group(atoms, of_atom[int(atoms[0])]) for atoms in runs]
-        named = [(key, group) for key, group in found if group.frozen is None or group.frozen.channel]
+        named = [(key, group) for key, group in found if self._is_shown(group)]
         return [group for _, group in sorted(named, key=lambda item: item[0])]
+
+    def _is_shown(self, group: UnitGroup) -> bool:
+        """Whether a reader would call it channels: no kernel windows, no pixels, no sizes and indices."""
+        if group.frozen is None:
+            return True
+        dtypes = [value.dtype for value, _ in group.members]
+        real = any(dtype is not None and (dtype.is_floating_point() or dtype.bitwidth <= 8) for dtype in dtypes)
+        return group.frozen.channel and real
 
     def _unit_group(self, atoms: Labels, leaves: list[Leaf]) -> tuple[tuple[int, str, int, int], UnitGroup]:
         places = {place for leaf in leaves for place, _ in leaf.places if place[0].is_initializer()}
@@ -290,20 +298,25 @@ class Units:
         return chosen
 
 
-def _depths(model: ir.Model) -> Mapping[ir.Value, int]:
-    """Longest path from an input to the first node that reads a value: independent of the order of nodes."""
+def _depths(model: ir.Model, weights: Set[ir.Value]) -> Mapping[ir.Value, int]:
+    """Longest path from an input to the first node that reads a value: independent of the order of nodes.
+
+    What is computed from weights alone takes no steps: a transposed weight is read where its transpose is.
+    """
     depths: dict[ir.Value, int] = {}
     readers: dict[ir.Value, int] = {}
 
     def visit(graph: ir.Graph, base: int) -> int:
         deepest = base
         for node in graph:
+            if node.outputs and all(value in weights for value in node.outputs):
+                continue
             depth = 1 + max([base, *(depths.get(value, base) for value in node.inputs if value is not None)])
             for inner in subgraphs_of(node):
                 depth = max(depth, visit(inner, depth))
             for value in node.inputs:
-                if value is not None:
-                    readers[value] = min(readers.get(value, depth), depth)
+                for source in weight_sources(value) if value in weights and value is not None else ():
+                    readers[source] = min(readers.get(source, depth), depth)
             for value in node.outputs:
                 depths[value] = depth
             deepest = max(deepest, depth)

@@ -9,7 +9,7 @@ never guessed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -286,6 +286,20 @@ class _Count:
                 self.counted.add(value)
                 parameters += tensor.size * _numbers_per_element(node, tensor.dtype)
         return parameters, stored
+
+
+def numbers_per_element(value: ir.Value, row_of: Callable[[ir.Node], OpRow | None]) -> int:
+    """How many parameters an element of an initializer stands for: 1, more where they are packed, 0 for no weight.
+
+    Args:
+        value: an initializer.
+        row_of: the op row of a node that reads it.
+    """
+    tensor = value.const_value
+    for use in value.uses() if tensor is not None else ():
+        if _is_parameter(tensor.dtype, use.idx, row_of(use.node)):
+            return _numbers_per_element(use.node, tensor.dtype)
+    return 0
 
 
 def _is_parameter(dtype: ir.DataType, index: int, row: OpRow | None) -> bool:

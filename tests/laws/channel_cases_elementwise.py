@@ -79,6 +79,7 @@ ELEMENTWISE |= {
         case("y = Acosh(a)", a=data(5, 3, low=1.1, high=2, signed=False), groups=0, passes=(0, 1)),
         case("b = Add(a, a)", "y = Acosh(b)", a=moved(5, 3).then("Exp"), passes=(0, 1)),
     ],
+    "Constant": [case("w = Constant<value = float[3] {1.0, 2.0, 3.0}>()", "y = Mul(a, w)", a=data(5, 3), groups=2)],
     "Identity": [case("y = Identity(a)", a=data(5, 3))],
     "BitCast": [
         case("y = BitCast<to=6>(a)", a=data(5, 3), opset=26, passes=(0, 1)),
@@ -217,6 +218,7 @@ ELEMENTWISE |= {
         case("y = Mod<fmod=1>(a, b)", a=data(4, 3), b=weight(3), passes=(0, 1)),
         case("y = Mod<fmod=1>(a, b)", a=data(4, 3), b=data(4, 1), groups=0),
         case("y = Mod(a, b)", a=numbers(4, 3, high=9), b=const([3, 2, 4]), passes=(0, 1)),
+        case("y = Mod(a, b)", a=numbers(4, 3, high=9), b=numbers(4, 1, low=2), groups=0),
     ],
     "Div": [
         case("y = Div(a, b)", a=data(4, 3), b=weight(3), passes=(0, 1), groups=2),

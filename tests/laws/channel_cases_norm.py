@@ -1,8 +1,8 @@
-"""Configurations of the normalisations, the reductions and the ops between real and quantized numbers."""
+"""Configurations of normalisations, reductions, signal processing, and ops between real and quantized numbers."""
 
 from __future__ import annotations
 
-from tests.laws.channel_cases import Case, Cases, case, codes, const, data, moved, positive, rows, weight
+from tests.laws.channel_cases import Case, Cases, case, codes, const, data, fed, moved, positive, rows, weight
 
 _POSITIVE = weight(4, low=0.5, high=1.5, signed=False)
 _STATISTICS = {"s": weight(4), "b": weight(4), "m": weight(4), "v": _POSITIVE}
@@ -158,9 +158,9 @@ _QUANTIZATION: Cases = {
              reads="square", groups=3),
         case("q = QuantizeLinear<axis=0>(a, s)", "y = DequantizeLinear<axis=0>(q, s)", a=data(4, 3),
              s=_PER_CHANNEL["s"], passes=(0, 1), groups=2),
-        case("q = QuantizeLinear<axis=1, block_size=2>(a, s, z)",
-             "y = DequantizeLinear<axis=1, block_size=2>(q, s, z)", a=data(3, 8),
-             s=const([[0.02, 0.03, 0.04, 0.05]] * 3), z=const([[0, 1, 2, 3]] * 3, "int8"), passes=(0, 1), groups=2),
+        case("u = Mul(a, x)", "q = QuantizeLinear<axis=1, block_size=2>(u, s, z)",
+             "y = DequantizeLinear<axis=1, block_size=2>(q, s, z)", a=data(8), x=fed([[1.0], [0.5], [0.8]]),
+             s=const([[0.02, 0.03, 0.04, 0.05]] * 3), z=const([[0, 1, 2, 3]] * 3, "int8"), passes=(1,)),
         case("q = QuantizeLinear(a, s, z)", "y = DequantizeLinear(q, s, z)", a=rows(4, 3), **_PER_TENSOR,
              reads="square", groups=2),
         case("q = QuantizeLinear(a, s, z)", "y = DequantizeLinear(q, s, z)", a=moved(3, 4), **_PER_TENSOR,
@@ -205,4 +205,31 @@ _QUANTIZATION: Cases = {
              a=positive(3, 4, low=-3.0, high=-2.0), passes=(0, 1), groups=0),
     ],
 }  # fmt: skip
-NORMS: Cases = {**_NORMS, **_REDUCTIONS, **_QUANTIZATION}
+_FREQUENCIES = "its positions are frequencies or moments"
+_MEL = {"l": const(4), "f": fed(16, "int64"), "r": const(8000), "b": const(20.0), "t": const(4000.0)}
+_SIGNALS: Cases = {
+    **{
+        name: [case(f"h = {name}(n)", "y = Mul(a, h)", n=fed(5, "int64"), a=data(3, 5), groups=0)]
+        for name in ("BlackmanWindow", "HammingWindow", "HannWindow")
+    },
+    "MelWeightMatrix": [
+        case("m = MelWeightMatrix(l, f, r, b, t)", "y = MatMul(a, m)", **_MEL, a=data(3, 9), groups=0),
+    ],
+    "DFT": [
+        case("y = DFT(a, , i)", a=data(2, 3, 4, 1), i=const(-2), passes=(0, 1), groups=2),
+        case("y = DFT<onesided=1>(a, , i)", a=data(2, 3, 6, 1), i=const(1), reads="square", passes=(0, 2), groups=2),
+        case("y = DFT<inverse=1>(a)", a=rows(3, 4, 2), groups=0),
+        case("y = DFT(a)", a=data(3, 4, 5, 1), opset=19, passes=(0, 2)),
+        case("y = DFT<axis=0>(a)", a=data(4, 3, 1), opset=19, groups=0),
+        case("y = DFT<axis=2>(a)", a=data(2, 3, 4, 1), opset=19, passes=(0, 1), groups=2),
+    ],
+    "STFT": [
+        case("y = STFT(a, k, w)", a=data(2, 16, 1), k=const(4), w=weight(8), why=_FREQUENCIES),
+        case("y = STFT<onesided=0>(a, k, , l)", a=data(2, 16, 1), k=const(4), l=const(8), why=_FREQUENCIES),
+    ],
+    "AffineGrid": [
+        case("g = AffineGrid(t, s)", "y = GridSample(a, g)", t=data(2, 2, 3), s=const([2, 4, 3, 3]), a=data(2, 4, 5, 5),
+             passes=(1,)),
+    ],
+}  # fmt: skip
+NORMS: Cases = {**_NORMS, **_REDUCTIONS, **_QUANTIZATION, **_SIGNALS}

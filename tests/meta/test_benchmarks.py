@@ -14,7 +14,7 @@ from benchmarks import contest, old_file, results, run
 from graphopt.export.benchmark import Benchmark, Latency, Speed
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-MEASURING = ("accuracy", "cost", "exact", "int8", "old_file")
+MEASURING = ("accuracy", "channels", "channels_scale", "cost", "exact", "int8", "old_file")
 RUNNABLE = sorted(file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 COMMITTED = sorted((FOLDER / "results").glob("*.json"))
 

@@ -21,6 +21,8 @@ from graphopt.ir.ops.labels import Factor, Labels, LabelStore
 Sizes = tuple[int, ...]
 """Number of coordinates in each probe of the symbolic dimensions; all equal where it is static."""
 
+ONE_OF_A_PACK = "a part of its axis is this one alone"
+"""Why a position that is taken out by itself must stay: the slots of a packed query, key and value, for one."""
 _LONGEST = 1 << 22
 """Coordinates up to which an axis is labelled one by one."""
 
@@ -368,7 +370,7 @@ class AxisStore:
         labels = self.flat(axis)[indices]
         if len(labels) == 1:
             alone = self.open(1)
-            self.marks.append(Mark("frozen", self.labelled(labels), Reason("it is the only one on a part of its axis")))
+            self.marks.append(Mark("frozen", self.labelled(labels), Reason(ONE_OF_A_PACK)))
             return alone
         return self.labelled(labels)
 

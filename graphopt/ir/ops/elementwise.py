@@ -23,20 +23,22 @@ def halved_shape(site: Site) -> list[Shape]:
 
 _keeping = partial(unary, channels=channels.keeps_zero)
 _moving = partial(unary, channels=channels.moves_zero)
+_activation = partial(unary, channels=channels.activation)
 _of_any = partial(broadcasting, channels=partial(channels.broadcast, how="any"))
 _of_none = partial(broadcasting, channels=partial(channels.broadcast, how="none"))
 _of_first = partial(broadcasting, channels=partial(channels.broadcast, how="first"))
 
 ROWS: tuple[OpRow, ...] = (
-    *_keeping("Abs", "Neg", "Sign", "Ceil", "Floor", "Round", "Sqrt", "Erf"),
-    *_keeping("Sin", "Tan", "Asin", "Atan", "Sinh", "Tanh", "Asinh", "Atanh"),
-    *_keeping("Relu", "LeakyRelu", "ThresholdedRelu", "Elu", "Celu", "Selu", "Softsign", "Shrink"),
-    *_keeping("HardSwish", "Swish", "Mish", "Gelu", "Identity", "Cast", "BitCast"),
-    *_moving("Exp", "Cos", "Acos", "Cosh", "Softplus", "Sigmoid", "HardSigmoid", "IsInf", "IsNaN", "Not", "BitwiseNot"),
+    *_keeping("Abs", "Neg", "Sign", "Ceil", "Floor", "Round", "Sqrt", "Identity", "Cast", "BitCast"),
+    *_keeping("Sin", "Tan", "Asin", "Atan", "Sinh", "Asinh", "Atanh"),
+    *_activation("Relu", "LeakyRelu", "ThresholdedRelu", "Elu", "Celu", "Selu", "Softsign", "Shrink"),
+    *_activation("HardSwish", "Swish", "Mish", "Gelu", "Erf", "Tanh"),
+    *unary("Softplus", "Sigmoid", "HardSigmoid", channels=partial(channels.activation, zero=False)),
+    *_moving("Exp", "Cos", "Acos", "Cosh", "IsInf", "IsNaN", "Not", "BitwiseNot"),
     *unary("Reciprocal", "Log", "Acosh", channels=channels.singular),
     *unary("Clip", channels=channels.clip),
     # The second input of CastLike gives a type only.
-    *_keeping("CastLike", structural=(1,)),
+    *unary("CastLike", structural=(1,), channels=channels.cast_like),
     *unary("Dropout", structural=(1, 2), channels=channels.dropout),
     *_moving("RandomNormalLike", "RandomUniformLike", "Bernoulli"),
     *unary("Multinomial", frozen="it draws positions by the values of all of them"),
@@ -49,7 +51,7 @@ ROWS: tuple[OpRow, ...] = (
     *_of_first("PRelu", "BitShift"),
     *_of_none("Mod", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
     *broadcasting("Or", "Xor", "BitwiseOr", "BitwiseXor"),
-    *_keeping("Gelu", "FastGelu", "QuickGelu", "ScaledSiLU", domain=MICROSOFT),
+    *_activation("Gelu", "FastGelu", "QuickGelu", "ScaledSiLU", domain=MICROSOFT),
     *unary("BiasAdd", domain=MICROSOFT, channels=channels.broadcast),
     *broadcasting("BiasGelu", domain=MICROSOFT),
     *unary("ComplexMul", "ComplexMulConj", domain=MICROSOFT, shape=broadcast_shape),

@@ -151,9 +151,11 @@ class ChannelSite:
         """All of these have the same channels; axes of one element say nothing. Returns one that stands for all."""
         found = [axis.axis if isinstance(axis, Track) else axis for axis in axes]
         long = [axis for axis in found if not (axis.static and axis.size == 1)]
+        if len({axis.sizes for axis in long}) > 1:
+            for axis in long:
+                self.freeze(axis, "axes of different lengths meet")
+            return long[0]
         for other in long[1:]:
-            if other.sizes != long[0].sizes:
-                raise OpaqueError(f"axes of {long[0].size} and {other.size} elements meet")
             self.store.unify(long[0], other)
         return long[0] if long else found[0]
 

@@ -45,7 +45,8 @@ def _frozen() -> str:
     lines += [_line(["operator", "reason"]), _line(["---", "---"])]
     rows = [row for family in FAMILIES.values() for row in family if row.channels is None]
     lines += [_line([_operator(row), row.why_frozen]) for row in rows if not row.domain]
-    lines += [_line([_operator(row), row.why_frozen]) for row in rows if row.domain]
+    others = [row for row in rows if row.domain]
+    lines.append(_line([", ".join(map(_operator, others)), others[0].why_frozen]))
     return "\n".join(lines) + "\n"
 
 

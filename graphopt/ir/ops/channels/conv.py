@@ -22,7 +22,10 @@ def _grouped(site: ChannelSite, data: Track, filters: Track, groups: int) -> tup
     site.unify(outer, other)
     if groups > 1:
         site.behind("group", outer)
-        site.role(outer, "groups" if inner.size > 1 else "depthwise")
+        if inner.size > 1 or channels.size > 1:
+            site.role(outer, "groups")
+        for part in (inner, channels):
+            site.role(part, "group width")
     return outer, inner, channels
 
 

@@ -28,6 +28,13 @@ def moves_zero(site: ChannelSite) -> None:
     site.pass_on(zero=False)
 
 
+def activation(site: ChannelSite, *, zero: bool = True) -> None:
+    """All axes pass; what the channels are good for passes a nonlinearity."""
+    for track in site.take_all(0):
+        site.role(track, "activated")
+    site.pass_on(zero=zero)
+
+
 def singular(site: ChannelSite) -> None:
     """All axes pass; 0 becomes infinity or NaN (Reciprocal, Log)."""
     for track in site.take_all(0):
@@ -42,6 +49,12 @@ def clip(site: ChannelSite) -> None:
     inside = (low is not None or not site.given(1)) and (high is not None or not site.given(2))
     inside = inside and (low is None or bool(low.max() <= 0)) and (high is None or bool(high.min() >= 0))
     site.pass_on(zero=inside)
+
+
+def cast_like(site: ChannelSite) -> None:
+    """All axes of the data pass; the other operand gives its type only, and may lose channels of its own."""
+    site.take_all(1)
+    site.pass_on()
 
 
 def dropout(site: ChannelSite) -> None:
@@ -103,12 +116,19 @@ def _is_one(track: Track) -> bool:
 def broadcast(site: ChannelSite, how: Combination = "all", operands: Sequence[int] | None = None) -> None:
     """Operands meet under broadcasting; `how` many of them must be 0 for the result to be."""
     indices = list(range(len(site.node.inputs))) if operands is None else operands
-    meetings = meet(site, [site.take_all(index) for index in indices])
+    tracks = [site.take_all(index) for index in indices]
+    added = how == "all" and len(indices) == 2 and not any(map(site.is_weight, indices))
+    met = [_differ(site, *pair) for pair in zip(*(entry[::-1] for entry in tracks), strict=False)] if added else []
+    meetings = meet(site, tracks)
     site.emit(0, (meeting.combined(how) for meeting in meetings))
-    if how == "all" and len(indices) == 2 and all(not site.is_weight(index) for index in indices):
-        for meeting in meetings:
-            if not meeting.short:
-                site.role(meeting.axis, "residual")
+    for meeting, different in zip(meetings[::-1], met, strict=False):
+        if different and not meeting.short:
+            site.role(meeting.axis, "residual")
+
+
+def _differ(site: ChannelSite, a: Track, b: Track) -> bool:
+    """Whether two axes have not been known to be the same so far: a shortcut meets a branch."""
+    return site.store.root(a.axis) is not site.store.root(b.axis)
 
 
 def divide(site: ChannelSite) -> None:

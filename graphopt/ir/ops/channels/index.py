@@ -167,6 +167,7 @@ def gathering(site: ChannelSite) -> None:
     picked = tracks[axis]
     if site.store.is_fixed(picked.axis) or indices is None or not picked.axis.static:
         site.freeze(picked, _BY_DATA)
+        site.role(picked, "rows")
         new = [track.nonzero() for track in site.take_all(1)]
     else:
         new = _picked(site, picked, indices)
