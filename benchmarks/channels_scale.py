@@ -234,7 +234,8 @@ def goals_of_large(row: Row) -> list[Goal]:
         Goal(
             f"{LARGE}: peak of the process under {MEMORY_LIMIT} times what it holds with the graph, weights not loaded",
             f"{row['memory_ratio']:.2f} times, {mega['peak_bytes']:.0f} MB of {mega['resident_bytes']:.0f} MB; "
-            f"allocated {mega['graph_bytes']:.1f} MB for the graph, {mega['analysis_peak_bytes']:.1f} MB at the analysis' peak",
+            f"allocated {mega['graph_bytes']:.1f} MB for the graph, "
+            f"{mega['analysis_peak_bytes']:.1f} MB at the analysis' peak",
             row["memory_ratio"] < MEMORY_LIMIT,
         ),
     ]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError, InvalidGraphError
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.axes import AxisStore, Reason, Sizes, UntrackableError
+from graphopt.ir.ops.channels.quant import zero_points_of
 from graphopt.ir.ops.flow import ChannelSite, ChannelState, OpaqueError, Track
 from graphopt.ir.ops.row import OpRow, OpTable, Shape, tensor_shape
 from graphopt.ir.propagate import Facts
@@ -70,6 +71,10 @@ class ChannelAnalysis:
         if first is None or self.elements_that_vary(value).any():
             return None
         return first
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Element type of a value, declared or inferred."""
+        return self.facts[0].dtypes.get(value, value.dtype)
 
     def elements_that_vary(self, value: ir.Value) -> np.ndarray:
         """Which elements of a value that is known in the first probe differ in another, flat."""
@@ -194,8 +199,10 @@ def _never_masked(model: ir.Model, table: OpTable) -> set[ir.Value]:
         ]
         quantized = [row is not None and bool(row.quantization) for row, _ in uses]
         scale = any(row is not None and index in row.quantization for row, index in uses)
-        number = dtype is not None and (dtype.is_floating_point() or (all(quantized) and dtype.is_integer()))
-        if scale or not number:
+        is_float = dtype is not None and dtype.is_floating_point()
+        number = is_float or (dtype is not None and all(quantized) and dtype.is_integer())
+        points = {point for point in zero_points_of(value) if not is_float} if quantized else set()
+        if scale or not number or len(points) > 1:
             spared.add(value)
     return spared
 
@@ -267,7 +274,9 @@ class _Run:
         if row is None or row.channels is None:
             self._opaque(node, row.why_frozen if row is not None else "an operator that the table does not know")
             return
-        site = ChannelSite(node, self.state, self.analysis.shapes, self.analysis.constant, self._graph)
+        site = ChannelSite(
+            node, self.state, self.analysis.shapes, self.analysis.constant, self.analysis.dtype, self._graph
+        )
         try:
             row.channels(site)
         except (OpaqueError, UntrackableError) as error:
@@ -300,7 +309,7 @@ class _Run:
         reason = Reason(why, node)
         read = [value for value in node.inputs if value is not None]
         for graph in subgraphs_of(node):
-            read += graph.outputs
+            read += list(graph.outputs)
             read += [value for inner in nodes_below(graph) for value in inner.inputs if value is not None]
         for value in read:
             self._freeze(value, reason)

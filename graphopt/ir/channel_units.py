@@ -21,6 +21,7 @@ from graphopt.ir.ops.labels import Labels
 Place = tuple[ir.Value, int]
 """An axis of a value."""
 _ALONE = "there would be none left on an axis"
+_SINGLE = "it is the only unit of its kind, and a group keeps one"
 _CYCLE = "its copies are combined with itself"
 
 
@@ -222,8 +223,11 @@ class Units:
         units = np.flatnonzero(self._stored)
         classes = [(flags >= 0).astype(np.uint64)[units] for flags in (self.frozen, self.inexact)]
         keys = np.stack([self._signatures()[units], *classes])
-        _, inverse = np.unique(keys, axis=1, return_inverse=True)
+        _, inverse, counts = np.unique(keys, axis=1, return_inverse=True, return_counts=True)
         inverse = inverse.reshape(-1)
+        single = units[counts[inverse] == 1]
+        self._reasons.append(Reason(_SINGLE))
+        self.frozen[single] = np.where(self.frozen[single] < 0, len(self._reasons) - 1, self.frozen[single])
         order = np.argsort(inverse, kind="stable")
         runs = np.split(units[order], np.flatnonzero(np.diff(inverse[order])) + 1) if len(units) else []
         of_atom: dict[int, list[Leaf]] = {int(atoms[0]): [] for atoms in runs}

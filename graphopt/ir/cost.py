@@ -296,10 +296,10 @@ def numbers_per_element(value: ir.Value, row_of: Callable[[ir.Node], OpRow | Non
         row_of: the op row of a node that reads it.
     """
     tensor = value.const_value
-    for use in value.uses() if tensor is not None else ():
-        if _is_parameter(tensor.dtype, use.idx, row_of(use.node)):
-            return _numbers_per_element(use.node, tensor.dtype)
-    return 0
+    if tensor is None:
+        return 0
+    readers = (use for use in value.uses() if _is_parameter(tensor.dtype, use.idx, row_of(use.node)))
+    return next((_numbers_per_element(use.node, tensor.dtype) for use in readers), 0)
 
 
 def _is_parameter(dtype: ir.DataType, index: int, row: OpRow | None) -> bool:

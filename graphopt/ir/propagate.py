@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from graphopt.ir.dimensions import concrete_shape
+from graphopt.ir.node_proto import bare_node, untyped
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError, tensor_shape
 
@@ -251,12 +252,12 @@ class Propagation:
             for index, value in enumerate(node.inputs)
             if value is not None
         }
-        proto = _bare_node(node)
+        proto = bare_node(node)
         graph = onnx.helper.make_graph(
             [proto],
             "one",
-            [_untyped(name) for name in feeds],
-            [_untyped(name) for name in proto.output if name],
+            [untyped(name) for name in feeds],
+            [untyped(name) for name in proto.output if name],
         )
         model = onnx.helper.make_model(graph, opset_imports=self.imports)
         try:
@@ -326,7 +327,7 @@ class Propagation:
                 data[f"i{index}"] = onnx.numpy_helper.from_array(constant)
             seen.append((self.facts.dtypes.get(value, value.dtype), self.facts.shape(value)))
             seen.append(None if constant is None else (constant.dtype.str, constant.tobytes()))
-        bare = _bare_node(node)
+        bare = bare_node(node)
         key = (bare.SerializeToString(deterministic=True), *seen)
         if key not in self._inferred:
             self._inferred[key] = self._ask_onnx(schema, bare, types, data)
@@ -495,18 +496,3 @@ def _constant_value(node: ir.Node) -> list[np.ndarray] | None:
         if name in ("value_float", "value_floats"):
             return [np.array(attribute.value, np.float32)]
     return None
-
-
-def _bare_node(node: ir.Node) -> onnx.NodeProto:
-    """The node as a proto with neutral operand names, so that names shared by accident cannot confuse inference."""
-    proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
-    proto.input.extend("" if value is None else f"i{index}" for index, value in enumerate(node.inputs))
-    proto.output.extend(f"o{index}" if value.name else "" for index, value in enumerate(node.outputs))
-    for attribute in node.attributes.values():
-        if not attribute.is_ref():
-            proto.attribute.append(ir.serde.serialize_attribute(attribute))
-    return proto
-
-
-def _untyped(name: str) -> onnx.ValueInfoProto:
-    return onnx.ValueInfoProto(name=name)

@@ -104,6 +104,8 @@ class _Removal:
         self.old, self.new, self.groups, self.removed = old, new, groups, removed
         self.analysis: ChannelAnalysis = groups.analysis
         self.rewriter = Rewriter(new)
+        self._interface = {*new.graph.inputs, *new.graph.outputs}
+        self._sized: set[tuple[ir.Node, int]] = set()
         self._masks: dict[ir.Value, tuple[np.ndarray | None, ...] | None] = {}
         self._original = dict(zip(nodes_below(new.graph), nodes_below(old.graph), strict=True))
         self._propagation: Propagation | None = None
@@ -128,7 +130,7 @@ class _Removal:
     def _shrink(self, old: ir.Value, new: ir.Value) -> None:
         """Write the shape that the labels predict; a run-time dimension that lost channels becomes anonymous."""
         masks = self.kept(old)
-        if masks is None or new.shape is None or new.is_graph_output():
+        if masks is None or new.shape is None or new in self._interface:
             return
         new.shape = ir.Shape(
             dimension if mask is None else int(mask.sum()) if isinstance(dimension, int) else None
@@ -183,7 +185,10 @@ class _Removal:
             if masks is not None and any(mask is not None for mask in masks):
                 return True
         axes = self.analysis.state.attributes.get(original, {}).values()
-        return any(self.groups.units.kept_of(axis, self.removed) is not None for axis in axes)
+        if any(self.groups.units.kept_of(axis, self.removed) is not None for axis in axes):
+            return True
+        sizes = self.analysis.facts[0].sizes
+        return any(value in sizes for value in original.inputs if value is not None)
 
     def _changed_numbers(
         self, node: ir.Node, original: ir.Node, old_facts: Facts, facts: Facts
@@ -191,12 +196,11 @@ class _Removal:
         """Operands that enter the data, were computed from sizes alone, and are others now: index, before, now."""
         if all(value in old_facts.constants and value not in old_facts.from_weights for value in original.outputs):
             return  # arithmetic on sizes: what comes of it is looked at where it is used
-        row = self.analysis.row(original)
         for index, value in enumerate(original.inputs):
             if value is None or value not in old_facts.sizes or value in old_facts.from_weights:
                 continue
             before, now = old_facts.constants.get(value), facts.constant(node.inputs[index])
-            if before is None or now is None or (row is not None and index in row.structural):
+            if before is None or now is None or (node, index) in self._sized:
                 continue
             for axis, mask in enumerate(self.kept(value) or ()):
                 before = before if mask is None else np.compress(mask, before, axis=axis)
@@ -219,13 +223,19 @@ class _Removal:
         shape = self.analysis.facts[0].shape(value)
         return None if shape is None else shape[axis]
 
+    def element(self, value: ir.Value, element: int) -> int | None:
+        """An element of a size operand in the first probe, before the removal."""
+        found = self.analysis.facts[0].constant(value)
+        return None if found is None else int(found.reshape(-1)[element])
+
     def replace(self, node: ir.Node, index: int, array: np.ndarray) -> None:
         """Make input `index` of `node` this constant."""
+        self._sized.add((node, index))
         name = f"{node.name}.{index}"
         old = node.inputs[index] if index < len(node.inputs) else None
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.Tensor(np.array(array, order="C"), name=name)
         node.replace_input_with(index, self._initializer(name, tensor))
         if old is not None:
             discard_if_unread(old)
@@ -241,6 +251,7 @@ class _Removal:
         old_value, operand = original.inputs[index], node.inputs[index]
         if old_value is None or operand is None:
             return
+        self._sized.add((node, index))
         old = self.analysis.facts[0].constant(old_value)
         now = self._facts.constant(operand)
         if old is None:
@@ -254,11 +265,11 @@ class _Removal:
             self.analysis.elements_that_vary(old_value)[element]
         )
         if static:
-            self._write(node, index, element, after)
+            self.write(node, index, element, after)
         else:
             self._rescale(node, index, element, after, current)
 
-    def _write(self, node: ir.Node, index: int, element: int, number: int) -> None:
+    def write(self, node: ir.Node, index: int, element: int, number: int) -> None:
         """Put a number into a size operand: into the constant that it is, the piece of the Concat, else by Where."""
         operand = node.inputs[index]
         assert operand is not None

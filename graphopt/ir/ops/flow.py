@@ -75,10 +75,11 @@ class ChannelSite:
         state: ChannelState,
         shapes: Callable[[ir.Value], tuple[Shape, ...] | None],
         constant: Callable[[ir.Value], np.ndarray | None],
+        dtype: Callable[[ir.Value], ir.DataType | None],
         run: Callable[[ir.Graph], None],
     ) -> None:
         self.node, self.state, self.store = node, state, state.store
-        self._shapes, self._constant, self._run = shapes, constant, run
+        self._shapes, self._constant, self._dtype, self._run = shapes, constant, dtype, run
         self.accounted: set[tuple[int, int]] = set()
 
     # Reading ------------------------------------------------------------------------------------------------
@@ -91,6 +92,12 @@ class ChannelSite:
     def given(self, index: int) -> bool:
         """Whether the node has an input `index`."""
         return index < len(self.node.inputs) and self.node.inputs[index] is not None
+
+    def dtype(self, index: int) -> int | None:
+        """Element type of input `index` as ONNX numbers it, None where it is not known."""
+        value = self.node.inputs[index]
+        found = None if value is None else self._dtype(value)
+        return None if found is None else int(found)
 
     def is_weight(self, index: int) -> bool:
         """Whether input `index` is computed from initializers alone."""
@@ -228,7 +235,7 @@ class ChannelSite:
     def divides_by(self, index: int, track: Track) -> None:
         """Input `index` is a divisor that is 0 along `track` once masked: 0 / 0, unless it is spared the mask."""
         value = self.node.inputs[index]
-        if value is not None and not self.store.is_fixed(track.axis):
+        if value is not None and track.zero and not self.store.is_fixed(track.axis):
             self.state.divisors.append((value, track.axis, self.node))
 
     # Subgraphs ----------------------------------------------------------------------------------------------
@@ -318,10 +325,29 @@ class RepairSite:
         self._edit.replace(self.node, index, array)
 
     def resize(self, index: int, element: int, axis: int, output: int = 0) -> None:
-        """Element `element` of the size operand `index` follows axis `axis` of an output."""
-        mask = self.kept_output(output, axis)
-        if mask is not None:
-            self._edit.resize(self.node, self.original, index, element, len(mask), int(mask.sum()))
+        """Element `element` of the size operand `index` follows axis `axis` of an output, also where it keeps all."""
+        before = self._edit.length(self.original.outputs[output], axis)
+        if before is not None:
+            mask = self.kept_output(output, axis)
+            after = before if mask is None else int(mask.sum())
+            self._edit.resize(self.node, self.original, index, element, before, after)
+
+    def copies(self, index: int, element: int, axis: int) -> None:
+        """Element `element` of the target `index` is 0: the size of axis `axis` of input 0, whatever stays of that."""
+        wanted, copied = self._count(self.original.outputs[0], axis), None
+        if axis < self.input_rank(0) and (value := self.original.inputs[0]) is not None:
+            copied = self._count(value, axis)
+        if wanted is not None and wanted != copied:
+            self._edit.write(self.node, index, element, wanted)
+
+    def _count(self, value: ir.Value, axis: int) -> int | None:
+        mask = self._mask(value, axis)
+        return self._edit.length(value, axis) if mask is None else int(mask.sum())
+
+    def first_element(self, index: int, element: int) -> int | None:
+        """An element of a size operand in the first probe, None where it is not known."""
+        value = self.original.inputs[index]
+        return None if value is None else self._edit.element(value, element)
 
     def gather_first(self, axis: int, indices: np.ndarray) -> None:
         """The node reads these positions of its first input, in this order."""
@@ -342,6 +368,14 @@ class OperandEditor(Protocol):
 
     def resize(self, node: ir.Node, original: ir.Node, index: int, element: int, before: int, after: int) -> None:
         """One element of a size operand was computed for `before` coordinates, of which `after` stay."""
+        ...
+
+    def write(self, node: ir.Node, index: int, element: int, number: int) -> None:
+        """Put a number into a size operand."""
+        ...
+
+    def element(self, value: ir.Value, element: int) -> int | None:
+        """An element of a size operand in the first probe, before the removal."""
         ...
 
     def gather_first(self, node: ir.Node, axis: int, indices: np.ndarray) -> None:

@@ -44,6 +44,10 @@ ROWS: tuple[OpRow, ...] = (
     ),
     *unary(
         "ReduceLogSum",
+        structural=(1,),
+        channels=partial(channels.reduction, skips_zero=False, keeps_zero=False, takes_logarithm=True),
+    ),
+    *unary(
         "ReduceLogSumExp",
         structural=(1,),
         channels=partial(channels.reduction, skips_zero=False, keeps_zero=False),

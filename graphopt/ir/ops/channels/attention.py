@@ -43,11 +43,27 @@ def _share_heads(site: ChannelSite, query: Axis, shared: Axis) -> bool:
     return False
 
 
+def _joined_with_past(site: ChannelSite, operand: Operand, index: int) -> Operand:
+    """Keys or values behind those of a cache [N, H, T, D], which have the same channels."""
+    if not site.given(index):
+        return operand
+    batch, heads, _, width = (site.take(index, axis) for axis in range(4))
+    site.freeze(site.take(index, 2), _TOKENS, channel=False)
+    site.unify(batch, operand.batch)
+    return Operand(
+        operand.batch,
+        Track(site.unify(heads, operand.heads), heads.zero and operand.heads.zero),
+        operand.tokens,
+        Track(site.unify(width, operand.width), width.zero and operand.width.zero),
+    )
+
+
 def attention(site: ChannelSite) -> None:
     """Attention 23 to 25. Query heads go with their key-value head; width is free where the scale is written out."""
     query = _operand(site, 0, "q_num_heads")
     key, value = _operand(site, 1, "kv_num_heads"), _operand(site, 2, "kv_num_heads")
     width = site.unify(query.width, key.width)
+    key, value = _joined_with_past(site, key, 4), _joined_with_past(site, value, 5)
     if not (query.width.zero or key.width.zero):
         site.inexact(width, "neither query nor key is 0 where masked, yet it sums over their width")
     if "scale" not in site.node.attributes:
@@ -63,10 +79,8 @@ def attention(site: ChannelSite) -> None:
         for axis, theirs in ((-3, query.heads.axis), (-4, batch)):
             if site.rank(3) >= -axis and site.shape(3)[axis] > 1:
                 site.unify(site.take(3, axis), theirs)
-    for index, other in ((4, key), (5, value)):
-        if site.given(index):
-            for axis, theirs in ((0, batch), (1, other.heads), (3, other.width)):
-                site.unify(site.take(index, axis), theirs)
+    if site.given(6):
+        site.unify(site.take(6, 0), batch)
     site.freeze_rest(_TOKENS)
     heads = Track(query.heads.axis, value.heads.zero and alone)
     tokens = Track(query.tokens.axis)
@@ -105,6 +119,10 @@ def rotation(site: ChannelSite) -> None:
     turned = int(site.attribute("rotary_embedding_dim", 0)) or width.size
     if turned != width.size:
         raise OpaqueError("it turns only a part of each head")
+    batch, tokens = (tracks[0], tracks[1]) if packed else (tracks[0], tracks[2])
+    for index in (3,) if site.given(3) else (1, 2):  # without positions, the tables have an entry a token
+        for axis, theirs in ((0, batch), (1, tokens)):
+            site.unify(site.take(index, axis), theirs)
     pairs = site.unify(site.take(1, -1), site.take(2, -1))
     halves = site.repeats(2, "both halves turn together")
     partners = (pairs, halves) if site.attribute("interleaved", 0) else (halves, pairs)
@@ -124,32 +142,38 @@ def linear_attention(site: ChannelSite) -> None:
     """LinearAttention 27: packed query, key, value; the state is [N, key heads, key width, value width]."""
     query, key, value = (_packed(site, index, name) for index, name in ((0, "q"), (1, "kv"), (2, "kv")))
     width = site.unify(query.width, key.width)
-    if not (query.width.zero or key.width.zero):
-        site.inexact(width, "neither query nor key is 0 where masked, yet it sums over their width")
     shared = site.unify(key.heads, value.heads)
     alone = _share_heads(site, query.heads.axis, shared)
     batch = site.unify(query.batch, key.batch, value.batch)
-    if not site.attribute("scale", 0.0):
-        site.freeze(width, "the scale is computed from it")
+    past_zero = [True, True, True]
     if site.given(3):
         past = site.take_all(3)
+        past_zero = [track.zero for track in past[1:]]
         for mine, theirs in zip(past, (batch, shared, width, value.width), strict=True):
             site.unify(mine, theirs)
+    if not query.width.zero and not (key.width.zero and past_zero[1]):
+        site.inexact(width, "neither query nor key is 0 where masked, yet it sums over their width")
+    if not site.attribute("scale", 0.0):
+        site.freeze(width, "the scale is computed from it")
     for index in (4, 5):
         if site.given(index):
-            last = site.take(index, -1)
-            if last.axis.size == shared.size:
-                site.unify(last, shared)
-            else:
-                outer, inner = site.split(last, (shared.size, -1))
-                site.unify(outer, shared)
+            first, tokens, last = site.take_all(index)
+            site.unify(first, batch)
+            site.freeze(tokens, _TOKENS, channel=False)
+            outer, inner = site.split(last, (shared.size, -1))
+            site.unify(outer, shared)
+            if inner.size > 1:
                 site.unify(inner, width)
     for axis, role in ((query.heads, "heads"), (width, "head width"), (value.width, "value width")):
         site.role(axis, role)
-    site.freeze_rest(_TOKENS)
+    for operand in (query, key, value):
+        site.freeze(operand.tokens, _TOKENS, channel=False)
     packed = site.product(query.heads, value.width)
-    site.emit(0, [Track(batch), query.tokens.nonzero(), Track(packed, alone and value.width.zero)])
-    site.emit(1, [Track(batch), Track(shared), Track(width), Track(value.width.axis)])
+    value_zero = value.width.zero and past_zero[2]
+    heads_zero = value.heads.zero and past_zero[0]
+    site.emit(0, [Track(batch), query.tokens.nonzero(), Track(packed, alone and value_zero and heads_zero)])
+    key_width = Track(width, key.width.zero and past_zero[1])
+    site.emit(1, [Track(batch), Track(shared, heads_zero), key_width, Track(value.width.axis, value_zero)])
 
 
 def _packed(site: ChannelSite, index: int, side: str) -> Operand:

@@ -6,6 +6,7 @@ With groups both axes are cut in groups x channels of a group: whole groups can 
 from __future__ import annotations
 
 from graphopt.ir.ops.axes import Axis
+from graphopt.ir.ops.channels.elementwise import CODES
 from graphopt.ir.ops.channels.layout import known_sizes
 from graphopt.ir.ops.channels.linear import along, contract
 from graphopt.ir.ops.flow import ChannelSite, OpaqueError, RepairSite, Track
@@ -34,13 +35,16 @@ def convolution(site: ChannelSite, data: int = 0, weight: int = 1, bias: int = 2
     batch, channels = site.take(data, 0), site.take(data, 1)
     filters, inner = site.take(weight, 0), site.take(weight, 1)
     groups = int(site.attribute("group", 1))
+    if site.dtype(data) in CODES:  # whether their 0 is the zero point of this operator is not known
+        batch, channels = batch.nonzero(), channels.nonzero()
+        inner, filters = (inner, filters) if site.is_weight(weight) else (inner.nonzero(), filters.nonzero())
     if groups == 1:
         contract(site, channels, inner)
     else:
         _, within, _ = _grouped(site, channels, filters, groups)
         contract(site, Track(within, channels.zero), inner)
     site.role(filters, "outputs")
-    _emit(site, batch, _with_bias(site, filters, bias))
+    _emit(site, batch, _with_bias(site, filters, bias), biased=site.given(bias))
 
 
 def transposed_convolution(site: ChannelSite) -> None:
@@ -55,7 +59,7 @@ def transposed_convolution(site: ChannelSite) -> None:
         contract(site, Track(within, channels.zero), Track(other, inner.zero))
         filters = Track(site.product(outer, filters), filters.zero and inner.zero)
     site.role(filters, "outputs")
-    _emit(site, batch, _with_bias(site, filters, 2))
+    _emit(site, batch, _with_bias(site, filters, 2), biased=site.given(2))
 
 
 def deformable_convolution(site: ChannelSite) -> None:
@@ -65,6 +69,7 @@ def deformable_convolution(site: ChannelSite) -> None:
         site.freeze(site.split(site.take(0, 1), (offset_groups, -1))[0], "each offset group has its own offsets")
     for index in (2, 4):
         if site.given(index):
+            site.unify(site.take(index, 0), site.take(0, 0))
             site.freeze(site.take(index, 1), "its positions are offsets of the kernel", channel=False)
     convolution(site, bias=3)
 
@@ -84,7 +89,7 @@ def causal_convolution(site: ChannelSite) -> None:
     if site.given(3):
         site.unify(batch, site.take(3, 0))
     site.freeze_rest(_SPATIAL)
-    _emit(site, batch, Track(axis, zero))
+    _emit(site, batch, Track(axis, zero), biased=bias is not None)
     sizes = site.output_sizes(1) if len(site.node.outputs) > 1 else None
     if sizes is not None:
         past = channels.zero and (state is None or state.zero)
@@ -93,15 +98,15 @@ def causal_convolution(site: ChannelSite) -> None:
 
 def quantized_convolution(site: ChannelSite) -> None:
     """QLinearConv: x and W at inputs 0 and 3, each followed by scale and zero point; bias at 8."""
-    convolution(site, 0, 3, 8)
     for index in (4, 5):
         along(site, index, site.take(3, 0))
+    convolution(site, 0, 3, 8)
 
 
 def integer_convolution(site: ChannelSite) -> None:
     """ConvInteger: zero points at inputs 2 and 3."""
-    convolution(site, 0, 1, len(site.node.inputs))
     along(site, 3, site.take(1, 0))
+    convolution(site, 0, 1, len(site.node.inputs))
 
 
 def _with_bias(site: ChannelSite, filters: Track, bias: int) -> Track:
@@ -111,8 +116,9 @@ def _with_bias(site: ChannelSite, filters: Track, bias: int) -> Track:
     return Track(site.unify(filters, track), filters.zero and track.zero)
 
 
-def _emit(site: ChannelSite, batch: Track, channels: Track) -> None:
+def _emit(site: ChannelSite, batch: Track, channels: Track, *, biased: bool) -> None:
     site.freeze_rest(_SPATIAL)
+    batch = batch.nonzero() if biased else batch
     site.emit(0, [batch, channels, *(site.fixed(size, _SPATIAL) for size in known_sizes(site)[2:])])
 
 

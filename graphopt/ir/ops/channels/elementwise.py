@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from graphopt.ir.ops.axes import Axis
 from graphopt.ir.ops.flow import ChannelSite, Track
 
+CODES = {int(dtype) for dtype in ir.DataType if dtype.is_integer() and dtype.bitwidth <= 8}
+"""Element types of quantized values."""
 Combination = Literal["all", "any", "first", "none"]
 """Which operands must be 0 for the result to be: all of a sum, any of a product, the base of a power."""
 
@@ -51,10 +54,22 @@ def clip(site: ChannelSite) -> None:
     site.pass_on(zero=inside)
 
 
+def cast(site: ChannelSite) -> None:
+    """All axes pass. In 8 bits, 0 is written as a zero point, which is another number once cast to or from it."""
+    target = int(site.attribute("to"))
+    site.pass_on(zero=target not in CODES and site.dtype(0) not in CODES)
+
+
+def shrink(site: ChannelSite) -> None:
+    """All axes pass; 0 lies within the threshold unless that is negative."""
+    site.role(site.peek(0, -1), "activated")
+    site.pass_on(zero=site.attribute("lambd", 0.5) >= 0 or not site.attribute("bias", 0.0))
+
+
 def cast_like(site: ChannelSite) -> None:
     """All axes of the data pass; the other operand gives its type only, and may lose channels of its own."""
     site.take_all(1)
-    site.pass_on()
+    site.pass_on(zero=site.dtype(0) not in CODES and site.dtype(1) not in CODES)
 
 
 def dropout(site: ChannelSite) -> None:
@@ -145,7 +160,8 @@ def power(site: ChannelSite) -> None:
     exponent = site.constant(1)
     meetings = meet(site, [site.take_all(0), site.take_all(1)])
     if exponent is not None and exponent.size and bool((exponent > 0).all()):
-        site.emit(0, (meeting.combined("first") for meeting in meetings))
+        masked = any(meeting.zero_of.get(1) for meeting in meetings)  # then it is 0, and 0 to the 0 is 1
+        site.emit(0, (meeting.combined("none" if masked else "first") for meeting in meetings))
         return
     for meeting in meetings:
         if meeting.zero_of.get(0):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphopt.ir.ops.axes import Axis
+from graphopt.ir.ops.channels.elementwise import CODES
 from graphopt.ir.ops.channels.layout import known_sizes
 from graphopt.ir.ops.flow import ChannelSite, OpaqueError, RepairSite, Track
 
@@ -204,7 +205,7 @@ def repair_gather(site: RepairSite) -> None:
     if mask is not None:
         ranks = np.cumsum(mask) - 1
         indices = ranks[indices].astype(indices.dtype)  # negative indices count from the end of `ranks` alike
-    site.set_operand(1, np.ascontiguousarray(indices))
+    site.set_operand(1, indices)
 
 
 def _same_or_frozen(site: ChannelSite, tracks: Sequence[Track]) -> Axis:
@@ -270,8 +271,8 @@ def scattering_tuples(site: ChannelSite) -> None:
     for track in data[:addressed]:
         site.freeze(track, "its entries are written by data")
     leading = len(indices) - 1
-    for index, update in zip(indices[:-1], updates[:leading], strict=True):
-        site.unify(index, update)
+    for track in (*indices[:-1], *updates[:leading]):
+        site.freeze(track, "its entries say where to write")
     passed = [
         Track(_same_or_frozen(site, (a, b)), a.zero and b.zero)
         for a, b in zip(data[addressed:], updates[leading:], strict=True)
@@ -283,7 +284,8 @@ def cache_update(site: ChannelSite) -> None:
     """TensorScatter: positions along `axis` come from data, all other axes of cache and update meet."""
     cache, update = site.take_all(0), site.take_all(1)
     axis = int(site.attribute("axis", -2)) % len(cache)
-    site.freeze_rest("it holds positions")
+    if site.given(2):
+        site.unify(site.take(2, 0), cache[0])
     result = list(cache)
     for position, (track, other) in enumerate(zip(cache, update, strict=True)):
         if position == axis:
@@ -320,7 +322,8 @@ def padding(site: ChannelSite) -> None:
     pads = _pads(site, len(tracks))
     sizes = known_sizes(site)
     value = site.constant(2)
-    fills_zero = not site.given(2) or (value is not None and not np.any(value))
+    codes = site.dtype(0) in CODES  # their 0 is a zero point, which is not known here
+    fills_zero = not codes and (not site.given(2) or (value is not None and not np.any(value)))
     result: list[Track] = []
     for axis, track in enumerate(tracks):
         before, after = (None, None) if pads is None else pads.get(axis, (0, 0))

@@ -58,9 +58,12 @@ def _blocks(before: list[Sizes], after: list[Sizes]) -> list[tuple[list[int], li
 
 
 def repair_reshape(site: RepairSite) -> None:
-    """Entries of the target shape follow their axes; 0 and -1 stay."""
+    """Entries of the target shape follow their axes; -1 stays, and so does 0 where it copies the axis that it means."""
     for axis in range(site.output_rank()):
-        site.resize(1, axis, axis)
+        if site.first_element(1, axis) == 0 and not site.attribute("allowzero", 0):
+            site.copies(1, axis, axis)
+        else:
+            site.resize(1, axis, axis)
 
 
 def transposition(site: ChannelSite) -> None:

@@ -26,9 +26,16 @@ def _name_attention(site: ChannelSite, batch: list[Track], inner: Track, columns
         site.role(track, "heads")
 
 
-def matmul(site: ChannelSite, left: int = 0, right: int = 1) -> None:
-    """numpy's `matmul`: the last axis of A meets the second last of B, leading axes broadcast."""
+def matmul(site: ChannelSite, left: int = 0, right: int = 1, *, codes: bool = False) -> None:
+    """numpy's `matmul`: the last axis of A meets the second last of B, leading axes broadcast.
+
+    With `codes` operands are quantized; of a weight, masked entries are the zero point of this operator, of an
+    activation that is not known.
+    """
     a, b = site.take_all(left), site.take_all(right)
+    if codes:
+        a = [track.nonzero() for track in a]
+        b = b if site.is_weight(right) else [track.nonzero() for track in b]
     column = b[-2] if len(b) > 1 else b[0]
     contract(site, a[-1], column)
     batch = [meeting.combined("any") for meeting in meet(site, [a[:-2], b[:-2]])] if max(len(a), len(b)) > 2 else []
@@ -54,14 +61,14 @@ def gemm(site: ChannelSite, left: int = 0, right: int = 1, bias: int = 2) -> Non
 
 def integer_matmul(site: ChannelSite) -> None:
     """MatMulInteger: zero points are scalars, or one a row of A or a column of B."""
-    matmul(site)
+    matmul(site, codes=True)
     for index, operand, axis in ((2, 0, -2), (3, 1, -1)):
         along(site, index, site.take(operand, axis))
 
 
 def quantized_matmul(site: ChannelSite) -> None:
     """QLinearMatMul: A, B at inputs 0 and 3, each followed by scale and zero point."""
-    matmul(site, 0, 3)
+    matmul(site, 0, 3, codes=True)
     for index, operand, axis in ((1, 0, -2), (2, 0, -2), (4, 3, -1), (5, 3, -1)):
         along(site, index, site.take(operand, axis))
 

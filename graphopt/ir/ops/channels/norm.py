@@ -13,7 +13,7 @@ from graphopt.ir.ops.flow import ChannelSite, OpaqueError, RepairSite, Track
 _STATISTICS = "its statistics are taken over this axis"
 
 
-def per_channel(site: ChannelSite, parameters: int) -> None:
+def per_channel(site: ChannelSite, parameters: int) -> Axis:
     """Axis 1 of the data meets `parameters` vectors (scale, bias, mean, variance); all other axes pass."""
     tracks = site.take_all(0)
     vectors = [site.take(index, 0) for index in range(1, 1 + parameters)]
@@ -23,16 +23,25 @@ def per_channel(site: ChannelSite, parameters: int) -> None:
     site.emit(0, [batch.nonzero(), Track(axis, zero), *(track.nonzero() for track in rest)])
     for index in range(1, len(site.node.outputs)):
         site.emit(index, [Track(axis)])
+    return axis
+
+
+def _spatial_statistics(site: ChannelSite) -> None:
+    for axis in range(2, site.rank(0)):
+        site.inexact(site.take(0, axis), _STATISTICS)
 
 
 def batch_normalization(site: ChannelSite) -> None:
     """Scale, bias, mean and variance a channel."""
-    per_channel(site, 4)
+    axis = per_channel(site, 4)
+    if not site.attribute("epsilon", 1e-5):
+        site.divides_by(4, Track(axis, site.take(4, 0).zero))
 
 
 def instance_normalization(site: ChannelSite) -> None:
     """Scale and bias a channel; statistics over the spatial axes."""
     per_channel(site, 2)
+    _spatial_statistics(site)
 
 
 def layer_normalization(site: ChannelSite) -> None:
@@ -82,6 +91,7 @@ def group_normalization(site: ChannelSite) -> None:
         raise OpaqueError(f"{groups} groups do not divide its channels")
     outer, inner = site.split(tracks[1], (groups, -1))
     site.inexact(inner, _STATISTICS)
+    _spatial_statistics(site)
     site.behind("num_groups", outer)
     site.role(outer, "groups")
     vectors = [site.take(index, 0) for index in (1, 2)]
@@ -102,9 +112,12 @@ def mean_variance_normalization(site: ChannelSite) -> None:
     """Statistics over `axes` (0, 2, 3 by default)."""
     tracks = site.take_all(0)
     axes = {axis % len(tracks) for axis in site.attribute("axes", (0, 2, 3))}
-    for axis in axes:
-        site.inexact(tracks[axis], _STATISTICS)
-    site.emit(0, (track.nonzero() if axis in axes else track for axis, track in enumerate(tracks)))
+    for axis, track in enumerate(tracks):
+        if axis in axes:
+            site.inexact(track, _STATISTICS)
+        elif track.zero:
+            site.divides_by(0, track)  # by a deviation of 0; onnxruntime adds no epsilon
+    site.emit(0, (track.nonzero() for track in tracks))
 
 
 def local_response_normalization(site: ChannelSite) -> None:

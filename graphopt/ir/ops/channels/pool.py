@@ -25,11 +25,23 @@ def resampling(site: ChannelSite) -> None:
     tracks = site.take_all(0)
     sizes = known_sizes(site)
     result = list(tracks)
+    scales = _scales(site, len(tracks))
     for axis, (track, size) in enumerate(zip(tracks, sizes, strict=True)):
-        if track.axis.sizes != size or not track.axis.static:
+        if track.axis.sizes != size or not track.axis.static or scales.get(axis, 1.0) != 1.0:
             site.freeze(track, "it is resampled", channel=False)
             result[axis] = site.fixed(size, "it is resampled")
     site.emit(0, result)
+
+
+def _scales(site: ChannelSite, rank: int) -> dict[int, float]:
+    """Scale of each axis where there are scales: one that rounds to the same size still resamples."""
+    index = {"Resize": 2, "Upsample": 1}.get(site.node.op_type)
+    if index is None or not site.given(index) or site.operand_length(index) == 0:
+        return {}
+    scales = site.constant(index)
+    axes = site.attribute("axes") or range(rank)
+    found = [float("nan")] * rank if scales is None else [float(scale) for scale in scales.reshape(-1)]
+    return {axis % rank: scale for axis, scale in zip(axes, found, strict=False)}
 
 
 def repair_resize(site: RepairSite) -> None:

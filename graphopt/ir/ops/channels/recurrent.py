@@ -32,22 +32,28 @@ def recurrence(site: ChannelSite, gates: int, biases: int, peepholes: int = 0) -
     x = site.take_all(0)
     hidden = site.take(2, 2)
     contract(site, x[2], site.take(1, 2))
+    masked = True
     for index, count in ((1, gates), (2, gates), (3, biases), (7, peepholes)):
         if site.given(index):
-            site.unify(site.take(index, 1), _stacked(site, hidden.axis, count))
+            stacked = site.take(index, 1)
+            masked = masked and stacked.zero
+            site.unify(stacked, _stacked(site, hidden.axis, count))
     time, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
     starts_at_zero = True
     for index in (5, 6):
         if site.given(index):
-            state = site.take_all(index)
-            site.unify(state[2], hidden)
-            site.unify(state[0 if batch_first else 1], batch)
-            starts_at_zero = starts_at_zero and state[2].zero
+            site.unify(site.take(index, 2), hidden)
+            site.unify(site.take(index, 0 if batch_first else 1), batch)
+            starts_at_zero = starts_at_zero and site.take(index, 2).zero
+    if site.given(4):
+        site.unify(site.take(4, 0), batch)
+    unit = Track(hidden.axis, masked and starts_at_zero and _keeps_zero(site))
+    if not (unit.zero or hidden.zero):
+        site.inexact(hidden, "neither the state nor the recurrence is 0 where masked, yet it sums over hidden units")
     site.behind("hidden_size", hidden.axis)
     site.role(hidden, "hidden units")
     site.freeze_rest(_TIME)
     site.freeze(time, _TIME, channel=False)
-    unit = Track(hidden.axis, starts_at_zero and _keeps_zero(site))
     _emit(site, time, batch, unit, batch_first)
 
 

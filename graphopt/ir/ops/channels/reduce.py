@@ -16,19 +16,22 @@ def _reduced_axes(site: ChannelSite, rank: int) -> set[int]:
     return {axis % rank for axis in axes}
 
 
-def reduction(site: ChannelSite, *, skips_zero: bool, keeps_zero: bool = True) -> None:
+def reduction(site: ChannelSite, *, skips_zero: bool, keeps_zero: bool = True, takes_logarithm: bool = False) -> None:
     """Axes that are reduced end here, the others pass.
 
     Args:
         site: the node.
         skips_zero: zeros do not count (sums and norms), so that removing masked channels is exact.
         keeps_zero: a reduction of zeros is 0.
+        takes_logarithm: a reduction of zeros is the logarithm of 0.
     """
     tracks = site.take_all(0)
     axes = _reduced_axes(site, len(tracks))
     result: list[Track] = []
     for axis, track in enumerate(tracks):
         if axis not in axes:
+            if takes_logarithm:
+                site.divides_by(0, track)
             result.append(track if keeps_zero else track.nonzero())
             continue
         if not skips_zero:

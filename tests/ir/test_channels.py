@@ -1,0 +1,300 @@
+"""Groups, removal and masks on graphs written by hand, and everything that they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt.errors import GraphoptError, InvalidGraphError, SelectionError
+from graphopt.ir.channels import ChannelGroups
+from graphopt.ir.ops import default_table
+from graphopt.ir.ops.channels.elementwise import keeps_zero
+from graphopt.ir.ops.families import same_shape
+from graphopt.ir.ops.row import OpRow
+from tests.laws.channel_law import TOLERANCE, cut_against_masked, random_selection
+
+
+def parse(text: str, *, opset: int = 21, domains: str = "") -> onnx.ModelProto:
+    """The graph with float weights declared as `float[2,3] name` inputs of the initializer list filled at random."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}{domains}]> {text}')
+    numbers = np.random.default_rng(0)
+    for value in list(proto.graph.input):
+        if value.name[0].isupper():
+            shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+            array = numbers.standard_normal(shape).astype(np.float32)
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+            proto.graph.input.remove(value)
+    return proto
+
+
+def load(text: str, **options: object) -> ir.Model:
+    return graphopt.load(parse(text, **options))  # type: ignore[arg-type]
+
+
+def prunable(model: ir.Model) -> dict[str, int]:
+    return {group.name: group.units for group in graphopt.channel_groups(model) if group.prunable}
+
+
+TWO_LAYERS = """g (float[n,4] x, float[4,6] A, float[6] B, float[6,3] C) => (float[n,3] y) {
+    a = MatMul(x, A) b = Add(a, B) c = Relu(b) y = MatMul(c, C) }"""
+
+
+def test_units_own_rows_columns_and_biases() -> None:
+    (group,) = (group for group in graphopt.channel_groups(load(TWO_LAYERS)) if group.prunable)
+    assert (group.name, group.role, group.units, group.exact) == ("mlp hidden of A", "mlp hidden", 6, True)
+    assert group.members == (("A", 1), ("B", 0), ("C", 0))
+    slices = group.slices(2)
+    assert {name: [(axis, indices.tolist()) for axis, indices in found] for name, found in slices.items()} == {
+        "A": [(1, [2])],
+        "B": [(0, [2])],
+        "C": [(0, [2])],
+    }
+    assert all(indices.dtype == np.int64 for found in slices.values() for _, indices in found)
+    assert group.parameters == 4 + 1 + 3
+
+
+def test_removal_slices_and_leaves_the_model_alone() -> None:
+    model = load(TWO_LAYERS)
+    before = ir.to_proto(model).SerializeToString()
+    cut = graphopt.remove_channels(model, {"mlp hidden of A": [0, 5]})
+    assert ir.to_proto(model).SerializeToString() == before
+    assert {name: list(value.shape or ()) for name, value in cut.graph.initializers.items()} == {
+        "A": [4, 4],
+        "B": [4],
+        "C": [4, 3],
+    }
+    original = model.graph.initializers["A"].const_value
+    assert original is not None
+    assert np.array_equal(cut.graph.initializers["A"].const_value.numpy(), original.numpy()[:, 1:5])  # type: ignore[union-attr]
+    assert [str(node.outputs[0].shape) for node in cut.graph] == ["[n,4]", "[n,4]", "[n,4]", "[n,3]"]
+
+
+def test_masking_zeroes_what_removal_cuts() -> None:
+    masked = graphopt.mask_channels(load(TWO_LAYERS), {"mlp hidden of A": [1]})
+    a, b, c = (masked.graph.initializers[name].const_value.numpy() for name in "ABC")  # type: ignore[union-attr]
+    assert not a[:, 1].any()
+    assert b[1] == 0
+    assert not c[1].any()
+    assert a[:, 0].all()
+
+
+def test_nothing_selected_changes_nothing() -> None:
+    model = load(TWO_LAYERS)
+    cut = graphopt.remove_channels(model, {"mlp hidden of A": []})
+    assert ir.to_proto(cut).SerializeToString() == ir.to_proto(model).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"mlp hidden": [0]}, "no channel group 'mlp hidden'"),
+        ({"mlp hidden of A": [6]}, "there is no unit 6: the group has 6"),
+        ({"mlp hidden of A": [-1]}, "there is no unit -1"),
+        ({"mlp hidden of A": list(range(6))}, "nothing would be left: all 6 units"),
+        ({"C": [0]}, "cannot be pruned: graph output 'y'"),
+        ({"inputs of A": [0]}, "cannot be pruned: graph input 'x'"),
+        ([0, 1], "a selection maps names of groups"),
+    ],
+)
+@pytest.mark.parametrize("act", [graphopt.remove_channels, graphopt.mask_channels])
+def test_selections_that_are_refused(
+    act: Callable[[ir.Model, object], ir.Model], selection: object, message: str
+) -> None:
+    model = load(TWO_LAYERS)
+    before = ir.to_proto(model).SerializeToString()
+    with pytest.raises(SelectionError, match=message):
+        act(model, selection)
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_a_selection_from_another_model_names_groups_that_are_there() -> None:
+    with pytest.raises(SelectionError, match="for instance 'inputs of A', 'mlp hidden of A'"):
+        graphopt.remove_channels(load(TWO_LAYERS), {"layer1.0.conv1": [0]})
+
+
+def test_groups_that_share_an_axis_leave_something_on_it() -> None:
+    """A slice sees 3 channels of one branch and 3 of the other: all of these may not go together."""
+    model = load("""g (float[n,4,5] x, float[6,4,1] A, float[6,4,1] B, float[3,6,1] C, float[3,12,1] D)
+        => (float[n,3,5] y) <int64[1] s = {3}, int64[1] e = {9}, int64[1] ax = {1}> {
+        a = Conv(x, A) b = Conv(x, B) c = Concat<axis=1>(a, b) d = Slice(c, s, e, ax) f = Conv(d, C) k = Conv(c, D)
+        y = Add(f, k) }""")
+    groups = graphopt.channel_groups(model)
+    halves = [group.name for group in groups if group.prunable and group.units == 3]
+    inner = {name for name in halves if len(groups.named(name).members) == 3}
+    with pytest.raises(SelectionError, match=r"nothing would be left"):
+        graphopt.remove_channels(model, {name: [0, 1, 2] for name in inner})
+    assert len(inner) == 2
+    graphopt.remove_channels(model, {name: [0, 2] for name in inner})
+
+
+GROUPED = """g (float[n,8,5] x, float[8,8,1] A, float[8,2,1] B, float[3,8,1] C) => (float[n,3,5] y) {
+    a = Conv(x, A) b = Conv<group=4>(a, B) y = Conv(b, C) }"""
+
+
+def test_a_grouped_convolution_loses_whole_groups_or_the_same_channel_of_each() -> None:
+    model = load(GROUPED)
+    assert sorted(prunable(model).values()) == [2, 2, 4]
+    groups = graphopt.channel_groups(model)
+    (whole,) = (group for group in groups if group.units == 4)
+    cut = graphopt.remove_channels(model, {whole.name: [1]})
+    (node,) = (node for node in cut.graph if "group" in node.attributes and node.attributes["group"].as_int() > 1)
+    assert node.attributes["group"].as_int() == 3
+    assert list(cut.graph.initializers["B"].shape or ()) == [6, 2, 1]
+
+
+def test_heads_go_apart_from_their_width_and_the_scale_stays() -> None:
+    """Scores are divided by the root of a width that the graph computes from a shape."""
+    model = load("""g (float[n,5,8] x, float[8,12] Q, float[8,12] K, float[8,12] V, float[12,8] O) => (float[n,5,8] y)
+        <int64[4] cut = {0, 0, 3, 4}, int64[3] joined = {0, 0, 12}, int64 three = {3}> {
+        q0 = MatMul(x, Q) k0 = MatMul(x, K) v0 = MatMul(x, V)
+        q1 = Reshape(q0, cut) k1 = Reshape(k0, cut) v1 = Reshape(v0, cut)
+        q = Transpose<perm=[0,2,1,3]>(q1) k = Transpose<perm=[0,2,3,1]>(k1) v = Transpose<perm=[0,2,1,3]>(v1)
+        s0 = MatMul(q, k) shape = Shape(q) d0 = Gather(shape, three) d1 = Cast<to=1>(d0) d = Sqrt(d1)
+        s = Div(s0, d) p = Softmax(s) m = MatMul(p, v) m1 = Transpose<perm=[0,2,1,3]>(m) m2 = Reshape(m1, joined)
+        y = MatMul(m2, O) }""")
+    found = prunable(model)
+    assert sorted(found.values()) == [3, 4, 4]
+    assert {name.split(" of ")[0] for name in found} == {"heads", "head width", "value width"}
+    groups = graphopt.channel_groups(model)
+    feeds = [{"x": np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)}]
+    error, moved = cut_against_masked(model, groups, {name: [1] for name in found}, feeds)
+    assert error <= TOLERANCE < moved
+
+
+def test_a_size_that_is_decided_at_run_time_keeps_its_pruned_factor() -> None:
+    """A mean over batch and channels, divided by a number of elements that the graph counts at run time."""
+    model = load("""g (float[n,4,5] x, float[6,4,1] A, float[3,6,1] B) => (float[n,3,5] y, float m) {
+        a = Conv(x, A) b = Relu(a) total = ReduceSum<keepdims=0>(b) count0 = Size(b) count = Cast<to=1>(count0)
+        m = Div(total, count) y = Conv(b, B) }""")
+    groups = graphopt.channel_groups(model)
+    feeds = [{"x": np.random.default_rng(n).standard_normal((n, 4, 5)).astype(np.float32)} for n in (2, 3)]
+    error, moved = cut_against_masked(model, groups, random_selection(groups, 0, 0.5), feeds)
+    assert error <= TOLERANCE < moved
+
+
+def test_run_time_products_of_a_pruned_size_are_scaled() -> None:
+    model = load("""g (float[n,4,5] x, float[6,4,1] A, float[3,6,1] B) => (float[n,3,5] y)
+        <int64[1] i0 = {0}, int64[1] six = {6}, int64[1] five = {5}> {
+        a = Conv(x, A) shape = Shape(x) n0 = Gather(shape, i0) rows = Mul(n0, six) target = Concat<axis=0>(rows, five)
+        flat = Reshape(a, target) relu = Relu(flat) back = Concat<axis=0>(n0, six, five) b = Reshape(relu, back)
+        y = Conv(b, B) }""")
+    groups = graphopt.channel_groups(model)
+    assert [group.units for group in groups if group.prunable] == [6]
+    feeds = [{"x": np.random.default_rng(n).standard_normal((n, 4, 5)).astype(np.float32)} for n in (1, 2, 5)]
+    error, moved = cut_against_masked(model, groups, random_selection(groups, 0, 0.4), feeds)
+    assert error <= TOLERANCE < moved
+
+
+def test_weight_norm_is_masked_without_dividing_by_zero() -> None:
+    model = load("""g (float[n,4] x, float[6,4] V, float[6,1] G, float[3,6] B) => (float[n,3] y) <int64[1] one = {1}> {
+        norm = ReduceL2(V, one) unit = Div(V, norm) w = Mul(G, unit) t = Transpose(w) a = MatMul(x, t) u = Transpose(B)
+        y = MatMul(a, u) }""")
+    groups = graphopt.channel_groups(model)
+    assert {value.name for value in groups.analysis.spared if value.name in "VGB"} == {"V"}
+    (name,) = (group.name for group in groups if group.prunable and group.exact)
+    feeds = [{"x": np.ones((2, 4), np.float32)}]
+    assert cut_against_masked(model, groups, {name: [0, 3]}, feeds)[0] <= TOLERANCE
+
+
+def test_a_division_by_what_is_masked_is_inexact() -> None:
+    model = load("""g (float[n,4] x, float[4,6] A, float[6,3] B) => (float[n,3] y) {
+        a = MatMul(x, A) r = Reciprocal(a) y = MatMul(r, B) }""")
+    (group,) = (group for group in graphopt.channel_groups(model) if group.prunable)
+    assert not group.exact
+    assert "divides by what is 0" in (group.inexact_reason or "")
+
+
+def test_a_filling_that_two_layers_share_does_not_tie_them() -> None:
+    proto = parse("""g (float[n,4] x, float[4,6] A, float[6,6] B, float[6,3] C) => (float[n,3] y)
+        <float[6] zeros = {0,0,0,0,0,0}> {
+        a = MatMul(x, A) b = Add(a, zeros) c = Relu(b) d = MatMul(c, B) e = Add(d, zeros) f = Relu(e)
+        y = MatMul(f, C) }""")
+    assert sorted(prunable(graphopt.load(proto)).values()) == [6, 6]
+
+
+def test_equal_weights_that_are_shared_stay_tied() -> None:
+    proto = parse("""g (float[n,6] x, float[6,6] A, float[6,3] B) => (float[n,3] y) {
+        a = MatMul(x, A) b = Relu(a) c = MatMul(b, A) d = Relu(c) y = MatMul(d, B) }""")
+    model = graphopt.load(proto)
+    assert prunable(model) == {}, "A reads the input and its own result: nothing can go"
+
+
+CUSTOM = """g (float[n,4] x, float[4,6] A, float[6,6] B, float[6,3] C) => (float[n,3] y) {
+    a = MatMul(x, A) b = acme.Warp(a) c = MatMul(b, B) d = Relu(c) y = MatMul(d, C) }"""
+
+
+def custom_model() -> ir.Model:
+    proto = parse(CUSTOM, domains=', "acme": 1')
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, ["n", 6]))
+    return graphopt.load(proto)
+
+
+def test_an_unknown_operator_is_frozen_by_name_and_the_rest_works() -> None:
+    groups = graphopt.channel_groups(custom_model())
+    assert [group.units for group in groups if group.prunable] == [6]
+    reasons = [group.reason for group in groups if not group.prunable]
+    assert any("Warp" in (reason or "") and "does not know" in (reason or "") for reason in reasons)
+    assert [node.op_type for node, _ in groups.analysis.opaque] == ["Warp"]
+
+
+def test_a_row_of_the_user_lets_channels_pass() -> None:
+    table = default_table().with_rows(
+        [OpRow("Warp", domain="acme", cost=lambda site: 0, shape=same_shape, channels=keeps_zero)]
+    )
+    model = custom_model()
+    groups = graphopt.channel_groups(model, table=table)
+    assert sorted(group.units for group in groups if group.prunable) == [6, 6]
+    cut = graphopt.remove_channels(model, random_selection(groups, 0, 0.5), groups=groups)
+    assert [list(value.shape or ()) for value in cut.graph.initializers.values()] == [[4, 3], [3, 3], [3, 3]]
+
+
+def test_a_graph_that_is_not_canonical_is_refused_with_the_way_out() -> None:
+    raw = ir.from_proto(parse(TWO_LAYERS))
+    for act in (graphopt.channel_groups, lambda model: graphopt.remove_channels(model, {})):
+        with pytest.raises(InvalidGraphError, match=r"not in canonical form: a node has no name[\s\S]*graphopt\.load"):
+            act(raw)
+    with pytest.raises(GraphoptError, match="a str has no channels to analyse"):
+        graphopt.channel_groups("model.onnx")  # type: ignore[arg-type]
+
+
+def test_shapes_that_contradict_each_other_are_refused() -> None:
+    model = load(TWO_LAYERS)
+    model.graph.initializers["C"].const_value = ir.tensor(np.zeros((5, 3), np.float32))
+    with pytest.raises(InvalidGraphError, match="contradict each other"):
+        graphopt.channel_groups(model)
+
+
+def test_a_group_refuses_units_that_it_does_not_have() -> None:
+    group = graphopt.channel_groups(load(TWO_LAYERS))[0]
+    with pytest.raises(SelectionError, match="units count from 0 to"):
+        group.slices(99)
+
+
+def test_weights_are_not_read() -> None:
+    def refuse() -> ir.Tensor:
+        raise AssertionError("a weight was read")
+
+    model = load("""g (float[n,128] x, float[128,256] A, float[256,96] B) => (float[n,96] y) {
+        a = MatMul(x, A) y = MatMul(a, B) }""")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        value.const_value = ir.LazyTensor(
+            refuse, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name
+        )
+    assert prunable(model) == {"inner width of A": 256}
+
+
+def test_groups_are_a_list_with_names() -> None:
+    groups = graphopt.channel_groups(load(TWO_LAYERS))
+    assert isinstance(groups, list)
+    assert isinstance(groups, ChannelGroups)
+    assert groups.named("mlp hidden of A") in groups
+    assert "6 units, exact" in repr(groups.named("mlp hidden of A"))
+    assert groups.named("C").to_json()["reason"] == "graph output 'y'"
