@@ -109,7 +109,7 @@ def analyse(
     """
     check_canonical(model)
     table = table or default_table()
-    probes = Probes(model, sizes)
+    probes = Probes(model, sizes, table)
     facts, chosen = _agreeing(probes)
     _check_shapes(facts)
     spared = _never_masked(model, table)

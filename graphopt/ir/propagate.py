@@ -7,18 +7,16 @@ constants that shape arithmetic produces. What two choices of the symbols (two p
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from graphopt.ir.dimensions import concrete_shape
-from graphopt.ir.node_proto import bare_node, untyped
+from graphopt.ir.inference import Inference
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, Shape, Site, UnknownShapeError, tensor_shape
 
@@ -88,7 +86,7 @@ class Facts:
 
     def _small_constant(self, value: ir.Value | None) -> np.ndarray | None:
         shape = self.shape(value)
-        if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS:
+        if shape is None or math.prod(shape) > MAXIMUM_CONSTANT_ELEMENTS:
             return None
         return self.constant(value)
 
@@ -99,6 +97,7 @@ def propagate(
     *,
     table: OpTable | None = None,
     before: BeforeNode | None = None,
+    inference: Inference | None = None,
 ) -> Facts:
     """Infer concrete shapes and known constants, node by node, subgraphs included.
 
@@ -108,6 +107,7 @@ def propagate(
         table: op rows whose `shape` column fills in what `onnx.shape_inference` cannot infer.
         before: called with each node before it is inferred. It may change the node, and insert nodes before it,
             which it infers by itself.
+        inference: what is known about nodes of this very model from earlier propagations.
 
     Example:
         >>> model = ir.from_onnx_text(
@@ -119,7 +119,8 @@ def propagate(
         >>> facts.shape(model.graph.outputs[0])
         (4, 3)
     """
-    return Propagation(model, dict(sizes or {}), table or default_table(), before).run()
+    inference = inference or Inference(model.opset_imports, model.ir_version)
+    return Propagation(model, dict(sizes or {}), table or default_table(), inference, before).run()
 
 
 class Propagation:
@@ -133,13 +134,17 @@ class Propagation:
     """
 
     def __init__(
-        self, model: ir.Model, sizes: Mapping[str, int], table: OpTable, before: BeforeNode | None = None
+        self,
+        model: ir.Model,
+        sizes: Mapping[str, int],
+        table: OpTable,
+        inference: Inference,
+        before: BeforeNode | None = None,
     ) -> None:
-        self.model, self.sizes, self.table, self.before = model, sizes, table, before
-        self._inferred: dict[tuple[Any, ...], tuple[dict[int, Shape], dict[int, ir.DataType], str | None]] = {}
+        self.model, self.sizes, self.table = model, sizes, table
+        self.inference, self.before = inference, before
         self.facts = Facts()
         self.opsets = dict(model.opset_imports)
-        self.imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
 
     def run(self) -> Facts:
         """Infer everything."""
@@ -206,7 +211,7 @@ class Propagation:
                 start, end = (_integer(node, "start") or 0), _integer(node, "end")
                 results = [np.array(shape[start:end], np.int64)]
             elif node.op_type == "Size" and shape is not None:
-                results = [np.array(int(np.prod(shape)), np.int64)]
+                results = [np.array(math.prod(shape), np.int64)]
             elif node.op_type == "Constant":
                 results = _constant_value(node)
             elif node.op_type == "CastLike":
@@ -238,34 +243,17 @@ class Propagation:
             return False
         for value in known:
             shape = facts.shape(value)
-            if shape is None or int(np.prod(shape)) > MAXIMUM_CONSTANT_ELEMENTS or facts.constant(value) is None:
+            if shape is None or math.prod(shape) > MAXIMUM_CONSTANT_ELEMENTS or facts.constant(value) is None:
                 return False
         if node.op_type in ("ConstantOfShape", "Expand", "Tile", "Range"):
             self._shapes(node)
             shape = facts.shape(node.outputs[0])
-            return shape is not None and int(np.prod(shape)) <= MAXIMUM_CONSTANT_ELEMENTS
+            return shape is not None and math.prod(shape) <= MAXIMUM_CONSTANT_ELEMENTS
         return True
 
     def _evaluate(self, node: ir.Node) -> Sequence[Any] | None:
-        feeds = {
-            f"i{index}": np.asarray(self.facts.constant(value))
-            for index, value in enumerate(node.inputs)
-            if value is not None
-        }
-        proto = bare_node(node)
-        graph = onnx.helper.make_graph(
-            [proto],
-            "one",
-            [untyped(name) for name in feeds],
-            [untyped(name) for name in proto.output if name],
-        )
-        model = onnx.helper.make_model(graph, opset_imports=self.imports)
-        try:
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore")
-                return ReferenceEvaluator(model).run(None, feeds)  # type: ignore[no-any-return]
-        except Exception:  # the reference evaluator lacks some ops and raises anything: then it is not known
-            return None
+        known = [(index, self.facts.constant(value)) for index, value in enumerate(node.inputs) if value is not None]
+        return self.inference.evaluate(node, [(index, np.asarray(array)) for index, array in known])
 
     def _shapes(self, node: ir.Node) -> None:
         """Shapes by the row where it has a rule, else by onnx, else as declared; element types likewise."""
@@ -307,64 +295,20 @@ class Propagation:
 
     def _infer(self, node: ir.Node) -> dict[int, Shape]:
         """Shapes that `onnx.shape_inference` finds for the outputs of one node, by output index."""
-        version = self.opsets.get(node.domain)
-        try:
-            schema = onnx.defs.get_schema(node.op_type, version or 1, "" if node.domain == "ai.onnx" else node.domain)
-        except onnx.defs.SchemaError:
-            return {}
-        types: dict[str, onnx.TypeProto] = {}
-        data: dict[str, onnx.TensorProto] = {}
-        seen: list[Any] = []
+        operands: list[tuple[int, ir.DataType, Shape | None, np.ndarray | None]] = []
         for index, value in enumerate(node.inputs):
             if value is None:
                 continue
-            proto = self._type(value)
-            if proto is None:
+            dtype = self.facts.dtypes.get(value, value.dtype)
+            if dtype is None or (value.type is not None and not isinstance(value.type, ir.TensorType)):
                 return {}
-            types[f"i{index}"] = proto
-            constant = self._decides_shape(value)
-            if constant is not None:
-                data[f"i{index}"] = onnx.numpy_helper.from_array(constant)
-            seen.append((self.facts.dtypes.get(value, value.dtype), self.facts.shape(value)))
-            seen.append(None if constant is None else (constant.dtype.str, constant.tobytes()))
-        bare = bare_node(node)
-        key = (bare.SerializeToString(deterministic=True), *seen)
-        if key not in self._inferred:
-            self._inferred[key] = self._ask_onnx(schema, bare, types, data)
-        shapes, dtypes, error = self._inferred[key]
-        if error is not None:
-            self.facts.conflicts.append((node, error))
-        for index, dtype in dtypes.items():
+            operands.append((index, dtype, self.facts.shape(value), self._decides_shape(value)))
+        found = self.inference.infer(node, operands)
+        if found.error is not None:
+            self.facts.conflicts.append((node, found.error))
+        for index, dtype in found.dtypes.items():
             self.facts.dtypes[node.outputs[index]] = dtype
-        return shapes
-
-    def _ask_onnx(
-        self,
-        schema: onnx.defs.OpSchema,
-        node: onnx.NodeProto,
-        types: Mapping[str, onnx.TypeProto],
-        data: Mapping[str, onnx.TensorProto],
-    ) -> tuple[dict[int, Shape], dict[int, ir.DataType], str | None]:
-        """Shapes and element types of the outputs, or the message of the refusal. Repeated layers ask once."""
-        try:
-            found = onnx.shape_inference.infer_node_outputs(
-                schema, node, dict(types), dict(data), opset_imports=self.imports, ir_version=self.model.ir_version
-            )
-        except Exception as error:  # InferenceError is not exported under one stable name
-            return {}, {}, str(error)
-        shapes: dict[int, Shape] = {}
-        dtypes: dict[int, ir.DataType] = {}
-        for index in range(len(node.output)):
-            proto = found.get(f"o{index}")
-            if proto is None or not proto.HasField("tensor_type"):
-                continue
-            if proto.tensor_type.elem_type:
-                dtypes[index] = ir.DataType(proto.tensor_type.elem_type)
-            if proto.tensor_type.HasField("shape"):
-                dimensions = proto.tensor_type.shape.dim
-                if all(dimension.HasField("dim_value") for dimension in dimensions):
-                    shapes[index] = tuple(dimension.dim_value for dimension in dimensions)
-        return shapes, dtypes, None
+        return found.shapes
 
     def _decides_shape(self, value: ir.Value) -> np.ndarray | None:
         """The constant behind an operand, where it may be one that sizes depend on: integers, and a few floats."""
@@ -373,20 +317,12 @@ class Propagation:
         if shape is None or dtype is None:
             return None
         most = MAXIMUM_CONSTANT_ELEMENTS if dtype.is_integer() else _MOST_FLOATS
-        constant = self.facts.constant(value) if int(np.prod(shape)) <= most else None
+        constant = self.facts.constant(value) if math.prod(shape) <= most else None
         return constant if constant is not None and constant.dtype.kind in "iufb" else None
 
     def _is_small(self, value: ir.Value) -> bool:
         shape = self.facts.shape(value)
-        return shape is not None and int(np.prod(shape)) <= MAXIMUM_CONSTANT_ELEMENTS
-
-    def _type(self, value: ir.Value) -> onnx.TypeProto | None:
-        if value.type is not None and not isinstance(value.type, ir.TensorType):
-            return None
-        dtype = self.facts.dtypes.get(value, value.dtype)
-        if dtype is None:
-            return None
-        return onnx.helper.make_tensor_type_proto(int(dtype), self.facts.shape(value))
+        return shape is not None and math.prod(shape) <= MAXIMUM_CONSTANT_ELEMENTS
 
     def _control_flow(self, node: ir.Node) -> None:
         """If: where the branches agree. Loop and Scan: the body once, for carried values whose shape is stable."""

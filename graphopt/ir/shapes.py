@@ -19,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.dimensions import evaluate, polynomial, symbolic_dimensions
+from graphopt.ir.inference import Inference
+from graphopt.ir.ops.row import OpTable
 from graphopt.ir.propagate import Facts, propagate
 
 _MOST_SYMBOLS = 4
@@ -42,13 +44,16 @@ class Probes:
         model: the model; as long as probes are asked for it must not change.
         sizes: elements of each symbol that the model is known to accept; 8 where not given. Symbols that are
             expressions of others (`2*batch`) follow them.
+        table: op rows, the default table where None.
     """
 
     model: ir.Model
     sizes: Mapping[str, int] | None = None
+    table: OpTable | None = None
     _made: dict[frozenset[tuple[str, int]], Facts] = field(default_factory=dict[frozenset[tuple[str, int]], Facts])
 
     def __post_init__(self) -> None:
+        self._inference = Inference(self.model.opset_imports, self.model.ir_version)
         self.symbols = symbolic_dimensions(self.model)
         given = dict(self.sizes or {})
         self.base = self._follow({**given, **{name: given.get(name, _FIRST_SIZE) for name in self.symbols}})
@@ -71,7 +76,7 @@ class Probes:
         """What is true at these sizes of all symbols."""
         key = frozenset(sizes.items())
         if key not in self._made:
-            self._made[key] = propagate(self.model, sizes)
+            self._made[key] = propagate(self.model, sizes, table=self.table, inference=self._inference)
         return self._made[key]
 
     def off_corners(self) -> dict[str, int] | None:

@@ -87,7 +87,8 @@ _SLOW = {
 _QUICK_TRANSFORMERS = {
     "fused-qkv-vit", "vit-attention-operator", "hf-vit", "mlp-mixer", "gmlp", "hf-bert", "gpt2", "hf-llama",
     "moe-top-k", "moe-dense", "einsum-attention", "interleaved-rotary", "relative-keys", "linear-attention",
-    "cross-attention", "cached-attention", "lstm-time-first", "lstm-projected-states", "gru", "rnn-tanh", "conv-lstm", "sru", "qrnn",
+    "cross-attention", "cached-attention", "lstm-time-first", "lstm-projected-states", "gru", "rnn-tanh", "conv-lstm",
+    "sru", "qrnn",
 }  # fmt: skip
 _HEAVY = {*FILES["transformers_vision"], *FILES["transformers_language"], *FILES["recurrent_models"]}
 
