@@ -47,7 +47,7 @@ def group_graph(groups: ChannelGroups) -> networkx.DiGraph[str]:
         ...     g (float[n,2] x) => (float[n,1] y) <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}>
         ...     { h = MatMul(x, a) y = MatMul(h, b) }'''))
         >>> list(group_graph(graphopt.channel_groups(model)).edges(data="parameters"))
-        [('inputs of a', 'mlp hidden of a', 6)]
+        [('inputs of a', 'inner width of a', 6)]
     """
     graph: networkx.DiGraph[str] = networkx.DiGraph()
     for group in groups:

@@ -175,7 +175,7 @@ def channel_groups(
         >>> import graphopt, onnx.parser
         >>> model = graphopt.load(onnx.parser.parse_model('''<ir_version: 10, opset_import: ["": 21]>
         ...     g (float[n,2] x) => (float[n,2] y) <float[2,3] a = {1,2,3,4,5,6}, float[3,2] b = {1,1,1,1,1,1}>
-        ...     { h = MatMul(x, a) y = MatMul(h, b) }'''))
+        ...     { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }'''))
         >>> for group in graphopt.channel_groups(model):
         ...     print(group.name, group.units, group.reason)
         inputs of a 2 graph input 'x'

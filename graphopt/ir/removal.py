@@ -41,7 +41,7 @@ def remove_channels(model: ir.Model, selection: Selection, *, groups: ChannelGro
 
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,2] x) => (float[n,1] y)
-        ...     <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}> { h = MatMul(x, a) y = MatMul(h, b) }''')
+        ...     <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}> { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }''')
         >>> from graphopt.ir.load import load
         >>> smaller = remove_channels(load(model), {"mlp hidden of a": [1]})
         >>> {name: list(value.shape) for name, value in smaller.graph.initializers.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -108,9 +109,9 @@ def test_the_interface_is_not_touched() -> None:
 def test_few_probes_are_made_and_none_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Mapping[str, int]] = []
 
-    def counted(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+    def counted(model: ir.Model, sizes: Mapping[str, int], **options: Any) -> Facts:
         made.append(sizes)
-        return propagate(model, sizes)
+        return propagate(model, sizes, **options)
 
     monkeypatch.setattr(graphopt.ir.shapes, "propagate", counted)
     named("v = Reshape(x, all) y = Relu(v)", "float[2,8] x", FLATTEN)
