@@ -5,8 +5,8 @@
 
 Of graphopt: 30 % of the units of every exact group are removed and the result is held against the masked model; then
 30 % of every prunable group, where the result must load and run. Of Torch-Pruning: its README's call and those of its
-transformer examples, the best outcome of `benchmarks.torch_pruning_cuts.VARIANTS` counts; graphs that are no torch
-modules do not count for it, and pruning nothing counts as success where graphopt finds nothing to prune either.
+transformer examples, with random importance where the README's raises; the best outcome counts. Graphs that are no
+torch modules do not count for it, and pruning nothing is success where graphopt finds nothing to prune either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import channel_cuts, torch_pruning_cuts
 from benchmarks.channel_cuts import RATIO, TOLERANCE
 from benchmarks.isolation import Isolation
 from benchmarks.results import Column, Goal, Results, Row, progress, read_options
-from benchmarks.torch_pruning_cuts import OUTCOMES, RUNS, VARIANTS
+from benchmarks.torch_pruning_cuts import OUTCOMES, README, RUNS, VARIANTS
 from tests.zoo.models import CORE, NAMES
 
 PRELOADED = ("torch", "transformers", "torch_pruning", "benchmarks.channel_cuts", "benchmarks.torch_pruning_cuts")
@@ -53,23 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _rival(isolation: Isolation, name: str, *, nothing: bool) -> Row:
-    """The best outcome of Torch-Pruning. After a call that hung only the last one is tried."""
-    best: Row = {}
-    tried: dict[str, str] = {}
-    for variant in VARIANTS:
-        if "took too long" in tried.values() and variant != list(VARIANTS)[-1]:
-            continue
-        found = isolation.run(partial(torch_pruning_cuts.measure, variant), name, TORCH_PRUNING_SECONDS)
-        hung = "outcome" not in found
-        found = {"variant": variant, "outcome": "raises", **found}
+    """The best outcome of Torch-Pruning; `nothing`: graphopt finds nothing to prune."""
+
+    def call(variant: str, random: bool = False) -> Row:
+        found = isolation.run(partial(torch_pruning_cuts.measure, variant, random), name, TORCH_PRUNING_SECONDS)
+        if "outcome" not in found:
+            found["outcome"] = "takes too long" if found["failure"].startswith("no result") else "raises"
         if found["outcome"] == "nothing pruned" and nothing:
             found["outcome"] = _NOTHING_TO_PRUNE
-        tried[variant] = "took too long" if hung else found["outcome"]
-        if not best or _rank(found) > _rank(best):
-            best = found
-        if found["outcome"] in (_NO_TORCH, _NOTHING_TO_PRUNE, OUTCOMES[-1]) or not (hung or found["has_heads"]):
-            break
-    return best | {"tried": tried}
+        return {"variant": variant + (", random importance" if random else ""), **found}
+
+    found = [call(README)]
+    first = found[0]["outcome"]
+    if first not in (_NO_TORCH, _NOTHING_TO_PRUNE, OUTCOMES[-1]):
+        random = first == "raises"
+        if random:
+            found.append(call(README, random))
+        if isolation.run(torch_pruning_cuts.has_heads, name, TORCH_PRUNING_SECONDS).get("has_heads"):
+            told = [variant for variant, options in VARIANTS.items() if options]
+            found += [call(variant, random) for variant in (told[-1:] if first == "takes too long" else told)]
+    return max(found, key=_rank) | {"tried": {row["variant"]: row["outcome"] for row in found}}
 
 
 def _rank(row: Row) -> int:

@@ -23,6 +23,7 @@ from tests.zoo.models import FILES
 
 OUTCOMES = (
     "not a torch module",
+    "takes too long",
     "raises",
     "nothing pruned",
     "forward fails",
@@ -32,21 +33,25 @@ OUTCOMES = (
     "equals masked",
 )
 """From worst to best; the last three run with fewer parameters and outputs of the same shape."""
-RUNS = OUTCOMES[5:]
+RUNS = OUTCOMES[6:]
+README = "README"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "README": {},
+    README: {},
     "head widths": {"prune_head_dims": True},
     "whole heads": {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": RATIO},
     "no attention": {"prune_num_heads": False, "prune_head_dims": False},
 }
-"""Calls that are tried, the best outcome counts; all but the first are told the numbers of heads."""
+"""Calls that are tried, the best outcome counts; the options are those of calls that are told the numbers of heads."""
 _LARGEST_ID = 2**24
 _HEADS = ("num_heads", "heads", "num_attention_heads", "n_head", "n_heads")
 _FEWER_HEADS = ("num_key_value_heads", "groups", "num_kv_heads")
-_PROJECTIONS = ("q", "k", "v", "qkv", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "query_key_value")
+_PROJECTIONS = {
+    *("q", "k", "v", "qkv", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "qkv_proj"),
+    *("q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "query_key_value"),
+}
 
 
-def measure(variant: str, name: str) -> Row:
+def measure(variant: str, random: bool, name: str) -> Row:
     """One call of `VARIANTS`: what became of it, parameters before and after, the error against the masked module."""
     import torch
     import torch_pruning
@@ -59,8 +64,9 @@ def measure(variant: str, name: str) -> Row:
     heads = heads_of(module)
     widths = {layer: layer.out_features // number for layer, number in heads.items()}
     multiple = multiple_of_heads(module)
-    row: Row = {"variant": variant, "has_heads": bool(heads) or multiple > 1, "parameters_before": count(module)}
+    row: Row = {"parameters_before": count(module)}
     options = {"num_heads": heads, "round_to": multiple if multiple > 1 else None} if VARIANTS[variant] else {}
+    importance = torch_pruning.importance.GroupMagnitudeImportance, torch_pruning.importance.RandomImportance
     number_elements(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +74,7 @@ def measure(variant: str, name: str) -> Row:
             pruner = torch_pruning.pruner.BasePruner(
                 module,
                 inputs,
-                importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+                importance=importance[random](),
                 pruning_ratio=RATIO,
                 ignored_layers=output_layers(module, inputs),
                 **{"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, **options, **VARIANTS[variant]},
@@ -91,6 +97,12 @@ def measure(variant: str, name: str) -> Row:
         except Exception as error:
             return row | {"outcome": "forward fails", "failure": first_line(error)}
     return row | _compared(name, module, inputs, after)
+
+
+def has_heads(name: str) -> Row:
+    """Whether there are numbers of heads to tell: then calls with options may do better."""
+    built = prepared(name)
+    return {"has_heads": built is not None and (bool(heads_of(built[0])) or multiple_of_heads(built[0]) > 1)}
 
 
 def prepared(name: str) -> tuple[Any, tuple[Any, ...]] | None:
@@ -166,7 +178,21 @@ def mask(original: Any, pruned: Any) -> bool:
 
 
 def output_layers(module: Any, inputs: tuple[Any, ...]) -> list[Any]:
-    """Layers with weights from which the outputs come without another such layer in between: they must keep theirs."""
+    """Layers with weights from which the outputs come without another such layer in between: they must keep theirs.
+
+    Where the autograd graph cannot be had so (torch.cond refuses hooks), all layers as wide as an output.
+    """
+    import torch
+
+    try:
+        return _layers_before_outputs(module, inputs)
+    except torch._dynamo.exc.TorchDynamoException:
+        widths = {size for array in outputs(module, inputs) for size in array.shape}
+        sizes = ((part, getattr(part, "out_features", getattr(part, "out_channels", 0))) for part in module.modules())
+        return [part for part, size in sizes if size in widths]
+
+
+def _layers_before_outputs(module: Any, inputs: tuple[Any, ...]) -> list[Any]:
     import torch
     from torch import nn
 
@@ -177,10 +203,12 @@ def output_layers(module: Any, inputs: tuple[Any, ...]) -> list[Any]:
         made.update({tensor.grad_fn: layer for tensor in _tensors(result) if tensor.grad_fn is not None})
 
     hooks = [part.register_forward_hook(note) for part in module.modules() if isinstance(part, layers)]
-    with torch.enable_grad():
-        pending = [tensor.grad_fn for tensor in _tensors(module(*inputs))]
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.enable_grad():
+            pending = [tensor.grad_fn for tensor in _tensors(module(*inputs))]
+    finally:
+        for hook in hooks:
+            hook.remove()
     found: dict[Any, None] = {}
     seen: set[Any] = set()
     while pending:
@@ -196,17 +224,22 @@ def output_layers(module: Any, inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def heads_of(module: Any) -> dict[Any, int]:
-    """`num_heads` of Torch-Pruning: projections of queries, keys and values beside which the number of heads stands."""
+    """`num_heads` of Torch-Pruning: projections of queries, keys and values beside which the number of heads stands.
+
+    It stands in an attribute of the module that holds them, or in its `config`.
+    """
     from torch import nn
 
     found: dict[Any, int] = {}
     for part in module.modules():
         for key, child in part.named_children():
-            name = _attribute(part, _FEWER_HEADS if key[0] in "kv" else ()) or _attribute(part, _HEADS)
-            if name is not None and key in _PROJECTIONS and isinstance(child, nn.Linear):
-                number = getattr(part, name)
-                if number > 0 and child.out_features % number == 0:
-                    found[child] = number
+            if key not in _PROJECTIONS or not isinstance(child, nn.Linear):
+                continue
+            names = (*(_FEWER_HEADS if key[0] in "kv" else ()), *_HEADS)
+            places = [(place, _attribute(place, names)) for place in (part, getattr(part, "config", None))]
+            number = next((getattr(place, name) for place, name in places if name is not None), 0)
+            if number > 0 and child.out_features % number == 0:
+                found[child] = number
     return found
 
 
@@ -214,7 +247,7 @@ def update_heads(module: Any, widths: Mapping[Any, int]) -> None:
     """Write the number of heads that is left where the module keeps it, as the examples of Torch-Pruning do."""
     for part in module.modules():
         for key, child in part.named_children():
-            name = _attribute(part, _FEWER_HEADS if key[0] in "kv" else ()) or _attribute(part, _HEADS)
+            name = _attribute(part, (*(_FEWER_HEADS if key[0] in "kv" else ()), *_HEADS))
             if child in widths and name is not None:
                 setattr(part, name, child.out_features // widths[child])
 

@@ -26,7 +26,6 @@ _FEW = 64
 """Elements up to which a constant of floats is read; exponents and bounds are meant, not weights."""
 _MANY_INDICES = 1 << 20
 """Elements up to which a constant of integers is read; tables of relative positions are large."""
-_MOST_RERUNS = 16
 
 
 @dataclass
@@ -114,7 +113,7 @@ def analyse(
     _check_shapes(facts)
     spared = _never_masked(model, table)
     carried: set[ir.Value] = set()
-    for _ in range(_MOST_RERUNS):
+    while True:  # both sets only grow, and end with all weights and carried values
         state = ChannelState(AxisStore(len(facts)), carried=set(carried))
         analysis = ChannelAnalysis(model, table, facts, chosen, state, spared, [])
         _Run(analysis).run()
@@ -122,7 +121,6 @@ def analyse(
         if not more and state.carried == carried:
             return analysis
         spared, carried = spared | more, set(state.carried)
-    raise GraphoptError("the channel analysis does not settle", where=model.graph.name, help="please report the model")
 
 
 def check_canonical(model: ir.Model) -> None:
@@ -161,16 +159,21 @@ def _departure(model: ir.Model) -> tuple[str, str] | None:
 
 def _agreeing(probes: Probes) -> tuple[list[Facts], list[dict[str, int]]]:
     """The probes that know at least what the first knows: the sizes that the model accepts."""
-    first = probes.first
-    found = [(first, probes.base)]
-    for facts, sizes in zip(probes.votes()[1:], probes.vote_sizes()[1:], strict=True):
-        accepted = probes.symbols and len(facts.conflicts) <= len(first.conflicts)
-        if accepted and all(
-            (shape := facts.shape(value)) is not None and len(shape) == len(known)
-            for value, known in first.shapes.items()
-        ):
-            found.append((facts, sizes))
-    return [facts for facts, _ in found], [dict(sizes) for _, sizes in found]
+    found = [dict(probes.base)]
+    for sizes in probes.vote_sizes()[1:] if probes.symbols else ():
+        # Where all symbols cannot change together, one may be pinned (a table of positions), and the others not.
+        single = [probes.only(name, sizes[name]) for name in probes.symbols]
+        candidates = [sizes] if _accepts(probes, sizes) else [each for each in single if _accepts(probes, each)]
+        found += [candidate for candidate in candidates if candidate not in found]
+    return [probes.at(sizes) for sizes in found], found
+
+
+def _accepts(probes: Probes, sizes: dict[str, int]) -> bool:
+    """Whether as much is known at these sizes as at the first ones."""
+    first, facts = probes.first, probes.at(sizes)
+    return len(facts.conflicts) <= len(first.conflicts) and all(
+        (shape := facts.shape(value)) is not None and len(shape) == len(known) for value, known in first.shapes.items()
+    )
 
 
 def _check_shapes(facts: Sequence[Facts]) -> None:
@@ -258,6 +261,9 @@ class _Run:
         self._graph(graph)
         for value in graph.outputs:
             self._freeze(value, Reason(f"graph output {value.name!r}"))
+        for inner in self.analysis.model.graphs():
+            for value in inner.outputs:
+                self._freeze_sizes(value)
         for value in graph.initializers.values():
             if not value.uses() and not value.is_graph_output():
                 self._freeze(value, Reason("nothing reads it", channel=False))
@@ -319,6 +325,21 @@ class _Run:
     def _freeze(self, value: ir.Value, reason: Reason) -> None:
         for track in self.state.tracks.get(value, ()):
             self.store.freeze(track.axis, reason)
+
+    def _freeze_sizes(self, output: ir.Value) -> None:
+        """A size that leaves a graph cannot be put back to what it was: the axes that it is the size of must stay."""
+        pending, seen, facts = [output], set[ir.Value](), self.analysis.facts[0]
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            arithmetic = value in facts.sizes and value in facts.constants and value not in facts.from_weights
+            if value in seen or node is None or not arithmetic:
+                continue
+            seen.add(value)
+            if node.op_type not in ("Shape", "Size"):
+                pending += [operand for operand in node.inputs if operand is not None]
+            elif node.inputs[0] is not None:
+                self._freeze(node.inputs[0], Reason(f"its size becomes {output.name!r}, the result of a graph", node))
 
     def _fix_all(self, value: ir.Value, reason: Reason) -> None:
         self._freeze(value, reason)

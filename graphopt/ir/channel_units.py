@@ -46,6 +46,17 @@ class Leaf:
         """Number of coordinates."""
         return self.axis.size
 
+    @cached_property
+    def _by_atom(self) -> tuple[Labels, np.ndarray]:
+        order = np.argsort(self.atoms, kind="stable")
+        return self.atoms[order], self.coordinates[order]
+
+    def owned(self, atom: int) -> np.ndarray:
+        """Coordinates that go with one atom, ascending."""
+        atoms, coordinates = self._by_atom
+        first, last = np.searchsorted(atoms, [atom, atom + 1])
+        return np.sort(coordinates[first:last])
+
     def kept(self, removed: np.ndarray) -> np.ndarray:
         """Which coordinates stay when the atoms that are true in `removed` go."""
         kept = np.ones(self.size, bool)
@@ -150,7 +161,7 @@ class Units:
         self.inexact = self._flags("inexact")
         if len(stays):
             self._reasons.append(Reason(_CYCLE))
-            self.frozen[stays] = np.where(self.frozen[stays] < 0, len(self._reasons) - 1, self.frozen[stays])
+            self._freeze(stays)
         for flags in (self.frozen, self.inexact):
             self._push(flags)
         for root, places in self._roots.values():
@@ -193,8 +204,12 @@ class Units:
         self._reasons.append(Reason(_ALONE))
         for leaf in self._leaf_of.values():
             atoms, counts = np.unique(leaf.atoms, return_counts=True)
-            alone = atoms[counts == leaf.size]
-            self.frozen[alone] = np.where(self.frozen[alone] < 0, len(self._reasons) - 1, self.frozen[alone])
+            self._freeze(atoms[counts == leaf.size])
+        self._freeze(self._store.labels.atoms(np.array(self._store.labels.covering, np.int64))[1])
+
+    def _freeze(self, atoms: Labels) -> None:
+        """Freeze atoms for the last reason, those that have one already excepted."""
+        self.frozen[atoms] = np.where(self.frozen[atoms] < 0, len(self._reasons) - 1, self.frozen[atoms])
 
     @cached_property
     def _free(self) -> np.ndarray:
@@ -227,7 +242,7 @@ class Units:
         inverse = inverse.reshape(-1)
         single = units[counts[inverse] == 1]
         self._reasons.append(Reason(_SINGLE))
-        self.frozen[single] = np.where(self.frozen[single] < 0, len(self._reasons) - 1, self.frozen[single])
+        self._freeze(single)
         order = np.argsort(inverse, kind="stable")
         runs = np.split(units[order], np.flatnonzero(np.diff(inverse[order])) + 1) if len(units) else []
         of_atom: dict[int, list[Leaf]] = {int(atoms[0]): [] for atoms in runs}
@@ -247,7 +262,9 @@ class Units:
         real = any(dtype is not None and (dtype.is_floating_point() or dtype.bitwidth <= 8) for dtype in dtypes)
         return group.frozen.channel and real
 
-    def _unit_group(self, atoms: Labels, leaves: list[Leaf]) -> tuple[tuple[int, str, int, int], UnitGroup]:
+    def _unit_group(
+        self, atoms: Labels, leaves: list[Leaf]
+    ) -> tuple[tuple[int, str, int, int, tuple[int, ...]], UnitGroup]:
         places = {place for leaf in leaves for place, _ in leaf.places if place[0].is_initializer()}
         members = sorted(places, key=lambda place: self._place_key(*place))
         first = self._first_coordinates(atoms, members[0], leaves)
@@ -256,7 +273,7 @@ class Units:
             self._reasons[int(flags[atoms].max())] if flags[atoms].max() >= 0 else None
             for flags in (self.frozen, self.inexact)
         )
-        key = (*self._place_key(*members[0]), int(first.min()))
+        key = (*self._place_key(*members[0]), int(first.min()), tuple(self.owned(members[0], int(atoms[0])).tolist()))
         return key, UnitGroup(atoms, leaves, frozen, inexact, members)
 
     def _place_key(self, value: ir.Value, axis: int) -> tuple[int, str, int]:
@@ -264,11 +281,27 @@ class Units:
 
     def _first_coordinates(self, atoms: Labels, member: Place, leaves: Iterable[Leaf]) -> np.ndarray:
         """The first coordinate of each atom on a member."""
-        first = np.full(len(self._store.labels), np.iinfo(np.int64).max)
+        first = np.full(len(atoms), np.iinfo(np.int64).max)
+        order = np.argsort(atoms)
         for leaf in leaves:
             if any(place == member for place, _ in leaf.places):
-                np.minimum.at(first, leaf.atoms, leaf.coordinates)
-        return first[atoms]
+                found = np.searchsorted(atoms, leaf.atoms, sorter=order).clip(max=len(atoms) - 1)
+                mine = atoms[order[found]] == leaf.atoms
+                np.minimum.at(first, order[found[mine]], leaf.coordinates[mine])
+        return first
+
+    def owned(self, place: Place, atom: int) -> np.ndarray:
+        """Coordinates of an axis that go with one atom, ascending."""
+        parts = self.leaves(*place)
+        sizes = [part.size for part in parts]
+        everything = np.arange(math.prod(sizes)).reshape(sizes)
+        found: list[np.ndarray] = []
+        for position, part in enumerate(parts):
+            leaf = self.leaf(part)
+            mine = np.zeros(0, np.int64) if leaf is None else leaf.owned(atom)
+            if len(mine):
+                found.append(everything.take(mine, axis=position).reshape(-1))
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
     def coordinates(self, place: Place, removed: np.ndarray) -> np.ndarray:
         """Coordinates of an axis that go with the atoms that are true in `removed`."""

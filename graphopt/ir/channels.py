@@ -6,6 +6,7 @@ The public face of the dependency analysis (`graphopt.ir.channel_analysis` appli
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,10 @@ class ChannelGroup:
                 where=self.name,
                 help=f"units count from 0 to {self.units - 1}",
             )
-        chosen = self.analysed.chosen([int(self.origin.atoms[unit])])
+        atom = int(self.origin.atoms[unit])
         found: dict[str, list[tuple[int, np.ndarray]]] = {}
         for value, axis in self.origin.members:
-            indices = self.analysed.coordinates((value, axis), chosen)
+            indices = self.analysed.owned((value, axis), atom)
             found.setdefault(value.name or "", []).append((axis, indices))
         return found
 
@@ -129,7 +130,7 @@ class ChannelGroups(list[ChannelGroup]):
         chosen: list[int] = []
         for name, units in selection.items():
             group = self.named(name)
-            indices = [int(unit) for unit in np.asarray(units, np.int64).reshape(-1)]
+            indices = _indices(name, units)
             if indices and not group.prunable:
                 raise SelectionError(f"the group cannot be pruned: {group.reason}", where=name)
             for unit in indices:
@@ -150,6 +151,22 @@ class ChannelGroups(list[ChannelGroup]):
                 help="keep a unit of one of them",
             )
         return removed
+
+
+def _indices(name: str, units: Sequence[int]) -> list[int]:
+    """The units of a selection as integers; masks and fractions are no indices."""
+    try:
+        given = list(units)
+        indices = [operator.index(unit) for unit in given]
+    except TypeError:
+        given, indices = [True], []
+    if any(isinstance(unit, (bool, np.bool_)) for unit in given):
+        raise SelectionError(
+            f"a selection lists indices of units, not {units!r}",
+            where=name,
+            help="for a mask, pass numpy.flatnonzero(mask)",
+        )
+    return indices
 
 
 def channel_groups(

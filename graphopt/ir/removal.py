@@ -7,13 +7,13 @@ for any layer type here. The model that is passed in never changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from math import gcd
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import InvalidGraphError
+from graphopt.errors import InvalidGraphError, SelectionError
 from graphopt.ir.channel_analysis import ChannelAnalysis, nodes_below
 from graphopt.ir.channels import ChannelGroups, Selection, channel_groups
 from graphopt.ir.ops.channels.quant import zero_point_of
@@ -41,13 +41,14 @@ def remove_channels(model: ir.Model, selection: Selection, *, groups: ChannelGro
 
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,2] x) => (float[n,1] y)
-        ...     <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}> { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }''')
+        ...     <float[2,3] a = {1,2,3,4,5,6}, float[3,1] b = {1,1,1}>
+        ...     { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }''')
         >>> from graphopt.ir.load import load
         >>> smaller = remove_channels(load(model), {"mlp hidden of a": [1]})
         >>> {name: list(value.shape) for name, value in smaller.graph.initializers.items()}
         {'a': [2, 2], 'b': [2, 1]}
     """
-    groups = groups if groups is not None else channel_groups(model)
+    groups = _groups_of(model, groups)
     removed = groups.atoms(selection)
     result = model.clone()
     _Removal(model, result, groups, removed).run()
@@ -62,7 +63,7 @@ def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroup
 
     Arguments, errors and example: as `remove_channels`.
     """
-    groups = groups if groups is not None else channel_groups(model)
+    groups = _groups_of(model, groups)
     removed = groups.atoms(selection)
     result = model.clone()
     for old, new in _pairs_of_initializers(model, result):
@@ -72,6 +73,16 @@ def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroup
         if any(mask is not None for mask in masks):
             _replace(new, _masked(old, masks))
     return result
+
+
+def _groups_of(model: ir.Model, groups: ChannelGroups | None) -> ChannelGroups:
+    if groups is None:
+        return channel_groups(model)
+    if groups.analysis.model is not model:
+        raise SelectionError(
+            "the groups are those of another model", help="pass channel_groups of this very model, or no groups"
+        )
+    return groups
 
 
 def _masked(value: ir.Value, masks: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -95,6 +106,11 @@ def _replace(value: ir.Value, array: np.ndarray) -> None:
 
 def _pairs_of_initializers(old: ir.Model, new: ir.Model) -> Iterable[tuple[ir.Value, ir.Value]]:
     return [(value, new.graph.initializers[name]) for name, value in old.graph.initializers.items()]
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether numbers that were computed from sizes are the same, up to the rounding of floats."""
+    return np.allclose(a, b, rtol=1e-5, atol=0) if a.dtype.kind == "f" else np.array_equal(a, b)
 
 
 class _Removal:
@@ -204,7 +220,7 @@ class _Removal:
                 continue
             for axis, mask in enumerate(self.kept(value) or ()):
                 before = before if mask is None else np.compress(mask, before, axis=axis)
-            if before.shape != now.shape or not np.array_equal(before, now):
+            if before.shape != now.shape or not _equal(before, now):
                 yield index, before, now
 
     def _restore_numbers(self, node: ir.Node, original: ir.Node) -> None:
@@ -318,7 +334,7 @@ class _Removal:
             raise OpaqueError(f"input {index} is computed from sizes, and {current} cannot be scaled to {wanted}")
         steps: list[tuple[str, float]] = [("Mul", wanted / current)]
         if dtype.kind in "iu":
-            divisor = gcd(int(wanted), int(current))
+            divisor = math.gcd(int(wanted), int(current))
             steps = [("Mul", int(wanted) // divisor), ("Div", int(current) // divisor)]
         for op_type, factor in steps:
             if factor != 1:
@@ -357,6 +373,18 @@ class _Removal:
         if op_type != "Gather" and dtype is not None and shape is not None:
             result.type, result.shape = ir.TensorType(dtype), ir.Shape(shape)
 
+    def _check_reshape(self, node: ir.Node, facts: Facts) -> None:
+        """onnx infers the target of a Reshape as it is written, whether or not the elements are as many."""
+        if node.op_type != "Reshape" or node.domain != "":
+            return
+        data, result = facts.shape(node.inputs[0]), facts.shape(node.outputs[0])
+        if data is not None and result is not None and math.prod(data) != math.prod(result):
+            raise InvalidGraphError(
+                f"the pruned graph reshapes {list(data)} to {list(result)}",
+                where=f"{node.op_type} {node.name}",
+                help="this is a defect of graphopt: please report the model and the selection",
+            )
+
     # Verification -------------------------------------------------------------------------------------------
 
     def _verify(self, facts: Facts, probe: int) -> None:
@@ -378,6 +406,7 @@ class _Removal:
                     help="this is a defect of graphopt: please report the model and the selection",
                 )
         for node, original in self._original.items():
+            self._check_reshape(node, facts)
             for index, before, now in self._changed_numbers(node, original, old_facts, facts):
                 raise InvalidGraphError(
                     f"input {index} is computed from sizes that lost channels: {now.tolist()}, where the masked model "

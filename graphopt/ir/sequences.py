@@ -100,14 +100,11 @@ def _construct(rewriter: Rewriter, graph: ir.Graph, node: ir.Node) -> bool:
     uses = list(sequence.uses())
     if len(uses) == 1 and is_op(uses[0].node, "ConcatFromSequence") and not sequence.is_graph_output():
         reader = uses[0].node
-        if reader.attributes.get_int("new_axis", 0):
+        if reader.attributes.get_int("new_axis", 0) or reader.graph is not graph:
             return False
         concat = ir.node("Concat", elements, attributes={"axis": reader.attributes.get_int("axis")})
         concat.name = rewriter.unique_name(f"{reader.name or 'concat'}.Concat")
         concat.outputs[0].name = rewriter.unique_name(f"{reader.outputs[0].name}.joined")
-        graph_of_reader = reader.graph
-        if graph_of_reader is not graph:
-            return False
         graph.insert_before(reader, concat)
         rewriter.supersede(reader.outputs[0], concat.outputs[0])
         discard_if_dead(node)

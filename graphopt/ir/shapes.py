@@ -72,6 +72,10 @@ class Probes:
         """The first sizes, those of `names` twice as large."""
         return self._follow({name: size * (1 + (name in names)) for name, size in self.base.items()})
 
+    def only(self, name: str, size: int) -> dict[str, int]:
+        """The first sizes, but for that of one symbol."""
+        return self._follow({**self.base, name: size})
+
     def at(self, sizes: Mapping[str, int]) -> Facts:
         """What is true at these sizes of all symbols."""
         key = frozenset(sizes.items())

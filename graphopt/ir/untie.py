@@ -2,7 +2,7 @@
 
 Zero biases, unit scales and zero initial states of different layers are equal before training, or are made as one and
 sliced. Sharing them would tie the channels of layers that have nothing to do with each other. Equality of anything
-but a filling is no accident and stays a tie, as is a module that is used several times.
+but a filling is no accident and stays a tie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGEST = 1 << 20
 def untie_fillings(model: ir.Model) -> None:
     """Give every reader its own copy of a filled tensor, in place; the copies share their memory.
 
-    Readers that also share another weight (one module, called several times) keep sharing.
+    Readers that also share a weight that is no filling (one module, called several times) keep sharing.
     """
     rewriter = Rewriter(model)
     for value in tuple(model.graph.initializers.values()):

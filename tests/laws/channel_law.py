@@ -51,7 +51,7 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> f
                 return np.inf
         elif a.size:
             a, b = a.astype(np.float64), b.astype(np.float64)
-            if not np.isfinite(a).all():
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 return np.inf
             worst = max(worst, float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)))
     return worst

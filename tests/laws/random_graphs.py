@@ -162,6 +162,45 @@ class GraphGrower:
         indices = [self.random.randrange(-size, size) for _ in range(count)]
         return self.node("Gather", [name, self.integers(indices)], axis=1), count
 
+    def same_picks(self, value: Value) -> Value:
+        """One channel, several times, then cut in two: a class that covers a whole axis."""
+        name, size = value
+        picked = self.node("Gather", [name, self.integers([self.random.randrange(size)] * 4)], axis=1)
+        cut = self.node("Relu", [self.node("Reshape", [picked, self.integers([0, 2, 2, LENGTH])])])
+        return self.node("Reshape", [cut, self.integers([0, 4, LENGTH])]), 4
+
+    def rolled(self, value: Value) -> Value:
+        """The value and itself moved by one channel, added: all channels are one class."""
+        name, size = value
+        last, first = (
+            self.node("Slice", [name, *(self.integers([number]) for number in (start, end, 1))])
+            for start, end in ((size - 1, size), (0, size - 1))
+        )
+        return self.node("Add", [name, self.node("Concat", [last, first], axis=1)]), size
+
+    def outer(self, value: Value) -> Value:
+        """All products of two channels of the same axis, cut anew and put together again."""
+        name, size = value
+        small = self.conv((name, size), channels=self.random.choice((4, 6)))
+        product = self.node(
+            "Mul",
+            [
+                self.node("Unsqueeze", [small[0], self.integers([1])]),
+                self.node("Unsqueeze", [small[0], self.integers([2])]),
+            ],
+        )
+        wide = small[1] ** 2
+        flat = self.node("Reshape", [product, self.integers([0, wide, LENGTH])])
+        half = small[1] // 2
+        cut = self.node("Reshape", [flat, self.integers([0, 2, half, 2, half, LENGTH])])
+        scaled = self.node("Mul", [cut, self.weight(2, 1, 1, 1, 1, around=1.0)])
+        return self.node("Reshape", [scaled, self.integers([0, wide, LENGTH])]), wide
+
+    def counted(self, value: Value) -> Value:
+        """Divided by the root of its own number of elements, which the graph counts."""
+        count = self.node("Cast", [self.node("Size", [value[0]])], to=TensorProto.FLOAT)
+        return self.node("Div", [value[0], self.node("Sqrt", [count])]), value[1]
+
     def permuted(self, value: Value) -> Value:
         name, size = value
         order = self.numbers.permutation(size).tolist()
@@ -239,7 +278,7 @@ class GraphGrower:
 STEPS = (
     "conv", "conv", "conv", "depthwise", "transposed", "unary", "batchnorm", "group_norm", "scaled", "meeting",
     "meeting", "joined", "sliced", "halves", "gathered", "permuted", "padded", "tiled", "regrouped", "regrouped",
-    "attention", "gated", "summed", "product_with_itself", "linear",
+    "attention", "gated", "summed", "product_with_itself", "linear", "same_picks", "rolled", "outer", "counted",
 )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ class AxisStore:
     def unify(self, a: Axis, b: Axis) -> None:
         """Both have the same channels in the same order. Where one is fixed, the other must stay as well."""
         a, b = self.root(a), self.root(b)
-        if a is b:
+        if a is b or (self.is_fixed(a) and self.is_fixed(b)):
             return
         if a.open or b.open:
             a, b = (a, b) if a.open else (b, a)
@@ -231,20 +231,25 @@ class AxisStore:
         left, right = self._refined(self.leaves(a), self.leaves(b))
         for leaf, other in zip(left, right, strict=True):
             self.unify(leaf, other)
+        if self.root(a) is not a or self.root(b) is not b or self.is_fixed(a):
+            return
         if a.labels is not None and b.labels is not None:
             self.labels.unify(a.labels, b.labels)
-        if self.root(a) is a and self.root(b) is b:
+        if [leaf.sizes for leaf in self.leaves(a)] == [leaf.sizes for leaf in self.leaves(b)]:
             b.labels = b.labels if b.labels is not None else a.labels
             a.forward = b
 
     def _refined(self, left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:
-        """Both lists cut so that they have the same sizes one by one."""
+        """Both lists cut so that they have the same sizes one by one, as far as the sizes nest; the rest is unified."""
         left, right = left[::-1], right[::-1]
         a: list[Axis] = []
         b: list[Axis] = []
         while left and right:
             first, second = left.pop(), right.pop()
-            if first.sizes == second.sizes:
+            if self.leaves(first) != [first] or self.leaves(second) != [second]:  # cut where they came before
+                left.extend(reversed(self.leaves(first)))
+                right.extend(reversed(self.leaves(second)))
+            elif first.sizes == second.sizes:
                 a.append(first)
                 b.append(second)
             elif (rest := _quotient(first.sizes, second.sizes)) is not None:
@@ -254,22 +259,19 @@ class AxisStore:
                 right.extend(reversed(self.split(second, [first.sizes, rest])))
                 left.append(first)
             else:
-                a.append(self.product([first, *reversed(left)]))
-                b.append(self.product([second, *reversed(right)]))
-                self._flatten(a[-1], b[-1])
+                self._unify_labels(self.product([first, *reversed(left)]), self.product([second, *reversed(right)]))
                 left, right = [], []
         return a, b
 
-    def _flatten(self, *axes: Axis) -> None:
-        """Label these axes one by one, so that unifying them goes by label; where that cannot be, all must stay."""
+    def _unify_labels(self, a: Axis, b: Axis) -> None:
+        """Unify by labels, one a coordinate; where there can be none, all must stay."""
         try:
-            for axis in axes:
-                self.flat(axis)
+            labels = self.flat(a), self.flat(b)
         except UntrackableError as error:
-            for axis in axes:
+            for axis in (a, b):
                 self.freeze(axis, Reason(f"its pieces do not nest and {error}"))
             return
-        self.labels.unify(self.flat(axes[0]), self.flat(axes[1]))
+        self.labels.unify(*labels)
 
     def freeze(self, axis: Axis, reason: Reason) -> None:
         """No coordinate of `axis` can go."""
@@ -309,6 +311,9 @@ class AxisStore:
                     missing = None
                     break
                 leaf = rest.pop()
+                if self.leaves(leaf) != [leaf]:  # it occurs twice, and was cut where it came first
+                    rest.extend(reversed(self.leaves(leaf)))
+                    continue
                 if (left := _quotient(missing, leaf.sizes)) is not None:
                     taken.append(leaf)
                     missing = left
@@ -339,7 +344,12 @@ class AxisStore:
         return [self.fix(size, fixed) for size in sizes]
 
     def _cut(self, leaf: Axis, sizes: Sequence[Sizes]) -> list[Axis]:
-        """Cut a leaf in place: whoever shares it sees the pieces."""
+        """Cut a leaf in place: whoever shares it sees the pieces, and lists of leaves from before are stale."""
+        assert leaf.parts is None
+        if leaf.fixed is None and any(len(set(size)) > 1 for size in sizes):
+            reason = Reason("it is cut into lengths that are decided at run time")
+            self.freeze(leaf, reason)
+            return [self.fix(size, reason) for size in sizes]
         if leaf.fixed is not None:
             return [self.fix(size, leaf.fixed) for size in sizes]
         if leaf.labels is None:
@@ -353,7 +363,7 @@ class AxisStore:
         return self.labels.split(self.flat(axis), [size[0] for size in sizes])
 
     def _from_factors(self, factors: Sequence[Factor]) -> Axis:
-        repeated = Reason("all of its coordinates carry the same channels", channel=False)
+        repeated = Reason("all of its coordinates carry the same channels")
         return self.product(
             self.fix(size, repeated) if labels is None else self.labelled(labels) for size, labels in factors
         )

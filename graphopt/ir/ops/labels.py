@@ -24,6 +24,9 @@ _NONE = -1
 class LabelStore:
     """All labels of one analysis.
 
+    Attributes:
+        covering: labels that were found on every coordinate of an axis, which would be empty without them.
+
     Example:
         >>> store = LabelStore()
         >>> a, b = store.fresh(3), store.fresh(3)
@@ -38,6 +41,7 @@ class LabelStore:
     """
 
     def __init__(self) -> None:
+        self.covering: list[int] = []
         self._count = 0
         self._parent = np.arange(1024)
         self._left = np.full(1024, _NONE)
@@ -130,6 +134,8 @@ class LabelStore:
         size = len(labels)
         roots = self.find(labels)
         run = math.gcd(size, *(np.flatnonzero(roots[1:] != roots[:-1]) + 1).tolist())
+        if run == size > 1:
+            self.covering.append(int(roots[0]))
         if run > 1:
             return [*(self.factor(labels[::run]) if run < size else []), (run, None)]
         period = self._period(roots)

@@ -147,7 +147,8 @@ def repair_slice(site: RepairSite) -> None:
         changed = True
     for index in range(3 if strided else 2):
         if changed:
-            site.set_operand((1, 2, 4)[index], bounds[index])
+            limits = np.iinfo(starts.dtype)
+            site.set_operand((1, 2, 4)[index], bounds[index].clip(limits.min, limits.max).astype(starts.dtype))
 
 
 def _bounds(ranks: np.ndarray, step: int) -> tuple[int, int] | None:
