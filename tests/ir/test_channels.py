@@ -17,7 +17,7 @@ from graphopt.ir.ops import default_table
 from graphopt.ir.ops.channels.elementwise import keeps_zero
 from graphopt.ir.ops.families import same_shape
 from graphopt.ir.ops.row import OpRow
-from tests.laws.channel_law import TOLERANCE, cut_against_masked, random_selection
+from tests.laws.channel_law import TOLERANCE, cut_against_masked, difference, random_selection, run
 
 
 def parse(text: str, *, opset: int = 21, domains: str = "") -> onnx.ModelProto:
@@ -298,3 +298,120 @@ def test_groups_are_a_list_with_names() -> None:
     assert groups.named("mlp hidden of A") in groups
     assert "6 units, exact" in repr(groups.named("mlp hidden of A"))
     assert groups.named("C").to_json()["reason"] == "graph output 'y'"
+
+
+# What a hostile review found ------------------------------------------------------------------------------------
+
+
+def feeds_for(*sizes: int, shape: tuple[int, ...] = (3, 5)) -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng(n).standard_normal((n, *shape)).astype(np.float32)} for n in sizes]
+
+
+def holds(model: ir.Model, feeds: list[dict[str, np.ndarray]], share: float = 0.4) -> ChannelGroups:
+    """Cut equals masked for all exact groups at once; returns the groups."""
+    groups = graphopt.channel_groups(model)
+    error, _ = cut_against_masked(model, groups, random_selection(groups, 0, share), feeds, optimized=False)
+    assert error <= TOLERANCE
+    return groups
+
+
+def test_a_class_that_covers_a_whole_axis_stays() -> None:
+    """One channel is picked four times, then the four are cut in two: what is left of the axis is that channel."""
+    model = load("""g (float[n,3,5] x, float[8,3,1] A, float[3,4,1] C, float[3,8,1] D) => (float[n,3,5] y)
+        <int64[4] same = {0,0,0,0}, int64[4] two = {0,2,2,5}, int64[3] four = {0,4,5}> {
+        a = Conv(x, A) b = Gather<axis=1>(a, same) c = Reshape(b, two) r = Relu(c) d = Reshape(r, four) e = Conv(d, C)
+        f = Conv(a, D) y = Add(e, f) }""")
+    groups = holds(model, feeds_for(2))
+    assert sum(group.units for group in groups if group.prunable) == 7
+
+
+def test_an_axis_times_itself_is_cut_once() -> None:
+    model = load("""g (float[n,3] x, float[3,8] A, float[2,1,1,1] W, float[64,3] C) => (float[n,3] y)
+        <int64[1] one = {1}, int64[1] two = {2}, int64[2] flat = {0,64}, int64[5] cut = {0,2,4,2,4}> {
+        a = MatMul(x, A) p = Unsqueeze(a, one) q = Unsqueeze(a, two) o = Mul(p, q) f = Reshape(o, flat)
+        g = Reshape(f, cut) h = Mul(g, W) k = Reshape(h, flat) y = MatMul(k, C) }""")
+    groups = holds(model, feeds_for(2, 3, shape=(3,)))
+    assert sorted(group.units for group in groups if group.prunable) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "z = Shape(a)",
+        "s = Size(a) z = Cast<to=1>(s)",
+        """s = Size(a) ff = Cast<to=1>(s) t = Cast<to=9>(ff)
+        z = If(t) <then_branch = one () => (float p) { p = Cast<to=1>(s) }, else_branch = two () => (float q)
+        { q0 = Cast<to=1>(s) q = Neg(q0) }>""",
+    ],
+)
+def test_a_size_that_leaves_a_graph_keeps_its_channels(body: str) -> None:
+    kind = "int64[2] z" if "Shape" in body else "float z"
+    model = load(f"""g (float[n,3] x, float[3,8] A, float[8,3] C) => (float[n,3] y, {kind}) {{
+        a = MatMul(x, A) r = Relu(a) y = MatMul(r, C) {body} }}""")
+    (reason,) = (group.reason for group in graphopt.channel_groups(model) if group.units == 8)
+    assert "its size becomes" in (reason or "")
+
+
+def test_one_pinned_symbol_does_not_pin_the_others() -> None:
+    """A table of 8 positions refuses every other length, and the batch must still be known to vary."""
+    model = load("""g (float[n,t,4] x, float[8,4] P, float[4,12] A, float[12,4] B) => (float[n,t,4] y)
+        <int64[1] zero = {0}, int64[1] three = {3}, int64[2] rest = {8,4}, int64[3] back = {-1,8,12}> {
+        e = Add(x, P) h = MatMul(e, A) shape = Shape(x) n0 = Gather(shape, zero) rows = Mul(n0, three)
+        target = Concat<axis=0>(rows, rest) v = Reshape(h, target) r = Relu(v) w = Reshape(r, back)
+        y = MatMul(w, B) }""")
+    groups = graphopt.channel_groups(model)
+    assert len({sizes["n"] for sizes in groups.analysis.sizes}) > 1
+    cut = graphopt.remove_channels(model, random_selection(groups, 0, 0.3, inexact=True), groups=groups)
+    for feed in feeds_for(1, 2, 5, shape=(8, 4)):
+        assert run(cut, feed)[0].shape == feed["x"].shape
+
+
+def test_pieces_that_do_not_nest_at_run_time_are_frozen() -> None:
+    model = load("""g (float[n,3,4] x, float[4,8] A, float[4,8] B, float[8,3] C) => (float[n,3,3] y, float[n,24] z)
+        <int64[2] flat = {0,-1}> {
+        a = MatMul(x, A) b0 = MatMul(x, B) b = Transpose<perm=[0,2,1]>(b0) p = Reshape(a, flat) q = Reshape(b, flat)
+        z = Add(p, q) y = MatMul(a, C) }""")
+    assert not any(group.prunable for group in graphopt.channel_groups(model))
+
+
+def test_slices_with_bounds_of_32_bits_keep_them() -> None:
+    model = load("""g (float[n,3,5] x, float[8,3,1] A, float[3,3,1] C) => (float[n,3,5] y)
+        <int32[1] s = {1}, int32[1] e = {7}, int32[1] axis = {1}, int32[1] step = {2}> {
+        a = Conv(x, A) b = Slice(a, s, e, axis, step) r = Relu(b) y = Conv(r, C) }""")
+    groups = graphopt.channel_groups(model)
+    name = next(group.name for group in groups if group.prunable and ("C", 1) in group.members)
+    for units in ([0], [1], [0, 2]):
+        assert cut_against_masked(model, groups, {name: units}, feeds_for(2))[0] <= TOLERANCE
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    model = load(TWO_LAYERS)
+    groups = graphopt.channel_groups(model)
+    for act in (graphopt.remove_channels, graphopt.mask_channels):
+        with pytest.raises(SelectionError, match="groups are those of another model"):
+            act(model.clone(), {"mlp hidden of A": [0]}, groups=groups)
+
+
+@pytest.mark.parametrize("units", [np.array([0, 0, 1, 0, 0, 1], bool), [True, False], [1.7], None, ["a"]])
+def test_masks_and_fractions_are_no_units(units: object) -> None:
+    with pytest.raises(SelectionError, match="lists indices of units"):
+        graphopt.remove_channels(load(TWO_LAYERS), {"mlp hidden of A": units})  # type: ignore[dict-item]
+
+
+def test_the_oracle_sees_what_it_must() -> None:
+    a = np.array([[1.0, -2.0, 3.0]], np.float32)
+    assert difference([a], [a.copy()]) == 0
+    for other in (2 * a, a * [[1, -1, 1]], a[:, [1, 0, 2]], np.where(a > 2, np.nan, a), a.astype(np.float64), a[:, :2]):
+        assert difference([a], [other]) > TOLERANCE
+
+
+def test_units_are_named_in_the_same_order_whatever_the_order_of_initializers() -> None:
+    text = """g (float[n,3] x, float[3,8] A, float[8,3] C) => (float[n,3] y)
+        <int64[3] cut = {0,2,4}, int64[2] flat = {0,8}> {
+        a = MatMul(x, A) h = Reshape(a, cut) r = Relu(h) f = Reshape(r, flat) y = MatMul(f, C) }"""
+    expected = [(group.name, group.units) for group in graphopt.channel_groups(load(text))]
+    proto = parse(text)
+    swapped = list(proto.graph.initializer)[::-1]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(swapped)
+    assert [(group.name, group.units) for group in graphopt.channel_groups(graphopt.load(proto))] == expected
