@@ -23,7 +23,7 @@ from graphopt.ir.ops.axes import Axis, Reason
 from graphopt.ir.ops.row import OpRow, Shape, Site
 
 _SCALAR = Reason("a single number", channel=False)
-_NO_CHANNELS = Reason("no reader calls its positions channels", channel=False)
+_NO_CHANNELS = Reason("its positions are no channels", channel=False)
 _Kept = Mapping["frozenset[Reason] | None", int]
 """Number of coordinates for each set of reasons that keep them; None is what can go."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from graphopt.ir.load import Source, load
 from graphopt.ir.ops.axes import Reason
 from graphopt.ir.ops.row import OpTable
 
+_WIDTH = 160
+"""Columns of the report as text."""
 _FEW, _FEW_TENSORS = 3, 2
 """Names that a line of text shows, of nodes and of tensors, whose names are long; JSON has all of them."""
 
@@ -135,14 +138,21 @@ class GroupsReport:
         if self.kept_macs:
             lines.append(f"           the others: {_few([f'{node} {macs:,}' for node, macs in self.kept_macs])}")
         if self.unknown:
-            lines.append(f"           not known and not counted: {_few(self.unknown)}")
+            lines.append(f"           those of some nodes are not known and not counted: {_few(self.unknown)}")
         if self.opaque:
-            lines.append(f"no rule    {_few([f'{kind} {node}' for kind, node, _ in self.opaque])}")
+            lines.append(f"not passed {_few([f'{kind} {node}' for kind, node, _ in self.opaque])}")
         return lines
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=_WIDTH, color_system=None, force_terminal=False).print(self)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def _obstacle_table(self) -> Table:
         table = _table("what keeps channels", "#channels", "#parameters", "#kept by it alone", "tensors")
         for obstacle in self.obstacles:
+            if not obstacle.channels and obstacle.operator is None:
+                continue  # single numbers, which have no channels to keep
             figures = (f"{number:,}" for number in (obstacle.channels, obstacle.parameters, obstacle.alone))
             table.add_row(Text(str(obstacle)), *figures, Text(_few(obstacle.tensors, _FEW_TENSORS)))
         return table

@@ -57,6 +57,8 @@ def canonicalize(model: ir.Model, *, sizes: Mapping[str, int] | None = None) -> 
     _clean(model, common.LiftSubgraphInitializersToMainGraphPass(), common.RemoveInitializersFromInputsPass())
     lift_opset(model)
     _lift_constants(model)
+    _clean(model, common.LiftSubgraphInitializersToMainGraphPass())  # lifting writes axes into branches
+    _forget_negative_sizes(model)
     _drop_training_mode(model)
     fold_static_sizes(model, sizes)
     facts = infer_shapes(model, sizes)
@@ -83,6 +85,14 @@ def _name_standard_domain(model: ir.Model) -> None:
     for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
         if "ai.onnx" in imports:
             imports.setdefault("", imports.pop("ai.onnx"))
+
+
+def _forget_negative_sizes(model: ir.Model) -> None:
+    """A size of -1, which old converters write for one that is decided at run time, becomes an anonymous dimension."""
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)):
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape(None if isinstance(size, int) and size < 0 else size for size in value.shape)
 
 
 def _inline_functions(model: ir.Model) -> None:

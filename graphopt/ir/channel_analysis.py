@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import GraphoptError, InvalidGraphError
+from graphopt.errors import DataError, GraphoptError, InvalidGraphError
+from graphopt.ir.dimensions import symbolic_dimensions
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.axes import AxisStore, Reason, Sizes, UntrackableError
 from graphopt.ir.ops.channels.quant import zero_points_of
-from graphopt.ir.ops.flow import ChannelSite, ChannelState, OpaqueError, Track
+from graphopt.ir.ops.flow import ChannelSite, ChannelState, ContradictionError, OpaqueError, Track
 from graphopt.ir.ops.row import OpRow, OpTable, Shape, tensor_shape
 from graphopt.ir.propagate import Facts
 from graphopt.ir.shapes import Probes
@@ -107,10 +108,12 @@ def analyse(
         InvalidGraphError: the model is not in canonical form, or shapes contradict each other.
     """
     check_canonical(model)
+    _check_sizes(model, sizes)
     table = table or default_table()
     probes = Probes(model, sizes, table)
     facts, chosen = _agreeing(probes)
     _check_shapes(facts)
+    _check_outputs(model, facts)
     spared = _never_masked(model, table)
     carried: set[ir.Value] = set()
     while True:  # both sets only grow, and end with all weights and carried values
@@ -157,6 +160,16 @@ def _departure(model: ir.Model) -> tuple[str, str] | None:
     return None
 
 
+def _check_sizes(model: ir.Model, sizes: Mapping[str, int] | None) -> None:
+    known = symbolic_dimensions(model)
+    for name, size in (sizes or {}).items():
+        if name not in known:
+            names = ", ".join(map(repr, known)) or "none"
+            raise DataError(f"the model has no dynamic dimension {name!r}", help=f"it has {names}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DataError(f"the size of {name!r} is {size!r}, and sizes are whole numbers from 1 on")
+
+
 def _agreeing(probes: Probes) -> tuple[list[Facts], list[dict[str, int]]]:
     """The probes that know at least what the first knows: the sizes that the model accepts."""
     found = [dict(probes.base)]
@@ -187,7 +200,25 @@ def _check_shapes(facts: Sequence[Facts]) -> None:
             raise InvalidGraphError(
                 f"the shapes around a node contradict each other: {message.splitlines()[0]}",
                 where=f"{node.op_type} {node.name}",
-                help="export the model again, or give `sizes` that the model accepts",
+                help="give sizes that the model accepts (`sizes`, on the command line --input), or mend the model",
+            )
+
+
+def _check_outputs(model: ir.Model, facts: Sequence[Facts]) -> None:
+    """A declared size of an output that no probe confirms is a contradiction."""
+    for value in model.graph.outputs:
+        found = [shape for shape in (each.shape(value) for each in facts) if shape is not None]
+        declared = value.shape
+        if declared is None or not found:
+            continue
+        wrong = len(declared) != len(found[0]) or any(
+            isinstance(size, int) and all(shape[axis] != size for shape in found) for axis, size in enumerate(declared)
+        )
+        if wrong:
+            raise InvalidGraphError(
+                f"output {value.name!r} is declared as {declared}, and the graph gives {list(found[0])}",
+                where=model.graph.name,
+                help="export the model again",
             )
 
 
@@ -288,6 +319,12 @@ class _Run:
         except (OpaqueError, UntrackableError) as error:
             self._opaque(node, str(error))
             return
+        except ContradictionError as error:
+            raise InvalidGraphError(
+                f"the shapes around a node contradict each other: {error}",
+                where=f"{node.op_type} {node.name}",
+                help="export the model again",
+            ) from error
         reason = Reason("no rule accounts for this axis", node)
         for index, value in enumerate(node.inputs):
             for axis, track in enumerate(self.state.tracks.get(value, ()) if value is not None else ()):

@@ -41,7 +41,10 @@ class Namer:
             alike.setdefault(name, []).append(index)
         for name, indices in alike.items():
             if len(indices) > 1:
+                axes = [self._units.groups[index].members[0][1] for index in indices]
                 parts = [self._range(self._units.groups[index]) for index in indices]
+                if len(set(axes)) == len(axes):
+                    parts = [f"axis {axis}" for axis in axes]
                 told_apart = None not in parts and len(set(parts)) == len(parts)
                 for number, (index, part) in enumerate(zip(indices, parts, strict=True), start=1):
                     suffix = f"[{part}]" if told_apart else f" #{number}" if number > 1 else ""

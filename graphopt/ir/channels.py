@@ -20,8 +20,8 @@ from graphopt.ir.channel_names import Namer
 from graphopt.ir.channel_units import UnitGroup, Units
 from graphopt.ir.ops.row import OpTable
 
-Selection = Mapping[str, Sequence[int]]
-"""Name of a group to the indices of the units that go."""
+Selection = Mapping["str | ChannelGroup", Sequence[int]]
+"""Name of a group, or the group, to the indices of the units that go."""
 _MOST_NAMES = 5
 
 
@@ -58,6 +58,7 @@ class ChannelGroup:
         Raises:
             SelectionError: there is no such unit.
         """
+        (unit,) = _indices(self.name, [unit])
         if not 0 <= unit < self.units:
             raise SelectionError(
                 f"there is no unit {unit}: the group has {self.units}",
@@ -110,6 +111,8 @@ class ChannelGroups(list[ChannelGroup]):
 
     def named(self, name: str) -> ChannelGroup:
         """The group of that name. Raises `SelectionError` where there is none."""
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SelectionError(f"a group is given by its name, not by {name!r}")
         if name not in self._by_name:
             close = [known for known in self._by_name if name in known or known in name][:_MOST_NAMES]
             known = ", ".join(map(repr, close or list(self._by_name)[:_MOST_NAMES])) or "none"
@@ -128,8 +131,9 @@ class ChannelGroups(list[ChannelGroup]):
         if not isinstance(selection, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SelectionError("a selection maps names of groups to indices of units")
         chosen: list[int] = []
-        for name, units in selection.items():
-            group = self.named(name)
+        for key, units in selection.items():
+            group = self.named(key.name if isinstance(key, ChannelGroup) else key)
+            name = group.name
             indices = _indices(name, units)
             if indices and not group.prunable:
                 raise SelectionError(f"the group cannot be pruned: {group.reason}", where=name)
@@ -144,7 +148,7 @@ class ChannelGroups(list[ChannelGroup]):
         removed = self.units.chosen(chosen)
         emptied = self.units.emptied(removed)
         if emptied is not None:
-            (value, axis), names = emptied, [name for name, units in selection.items() if len(list(units))]
+            (value, axis), names = emptied, [str(name) for name, units in selection.items() if len(list(units))]
             raise SelectionError(
                 f"nothing would be left on axis {axis} of {value.name!r}, which several groups share",
                 where=", ".join(map(repr, names[:_MOST_NAMES])),

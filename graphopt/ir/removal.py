@@ -8,7 +8,7 @@ for any layer type here. The model that is passed in never changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,13 +22,20 @@ from graphopt.ir.propagate import Facts, Propagation, propagate
 from graphopt.ir.rewrite import Rewriter, discard_if_unread
 
 
-def remove_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroups | None = None) -> ir.Model:
+def remove_channels(
+    model: ir.Model,
+    selection: Selection,
+    *,
+    groups: ChannelGroups | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> ir.Model:
     """A new model without the selected units; equal to `mask_channels` of the same selection for exact groups.
 
     Args:
         model: a model in canonical form; it is not changed.
-        selection: name of a group to the indices of the units that go.
-        groups: what `channel_groups(model)` returned, where the caller has it; computed otherwise.
+        selection: name of a group (or the group) to the indices of the units that go.
+        groups: what `channel_groups(model)` returned, where the caller has it (or gave it a table); computed otherwise.
+        sizes: as for `channel_groups`, where `groups` is not given.
 
     Returns:
         A new canonical model. Tensors that lost nothing are shared with `model`.
@@ -48,14 +55,20 @@ def remove_channels(model: ir.Model, selection: Selection, *, groups: ChannelGro
         >>> {name: list(value.shape) for name, value in smaller.graph.initializers.items()}
         {'a': [2, 2], 'b': [2, 1]}
     """
-    groups = _groups_of(model, groups)
+    groups = _groups_of(model, groups, sizes)
     removed = groups.atoms(selection)
     result = model.clone()
     _Removal(model, result, groups, removed).run()
     return result
 
 
-def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroups | None = None) -> ir.Model:
+def mask_channels(
+    model: ir.Model,
+    selection: Selection,
+    *,
+    groups: ChannelGroups | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> ir.Model:
     """A new model of the same size in which everything that the selected units own is 0: the reference of removal.
 
     Integer weights get their zero point, which stands for 0. Scales, zero points, indices and the divisor of a weight
@@ -63,7 +76,7 @@ def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroup
 
     Arguments, errors and example: as `remove_channels`.
     """
-    groups = _groups_of(model, groups)
+    groups = _groups_of(model, groups, sizes)
     removed = groups.atoms(selection)
     result = model.clone()
     for old, new in _pairs_of_initializers(model, result):
@@ -75,9 +88,11 @@ def mask_channels(model: ir.Model, selection: Selection, *, groups: ChannelGroup
     return result
 
 
-def _groups_of(model: ir.Model, groups: ChannelGroups | None) -> ChannelGroups:
+def _groups_of(model: ir.Model, groups: ChannelGroups | None, sizes: Mapping[str, int] | None) -> ChannelGroups:
     if groups is None:
-        return channel_groups(model)
+        return channel_groups(model, sizes=sizes)
+    if not isinstance(groups, ChannelGroups):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SelectionError(f"a {type(groups).__name__} is not what channel_groups returns", help="pass that as it is")
     if groups.analysis.model is not model:
         raise SelectionError(
             "the groups are those of another model", help="pass channel_groups of this very model, or no groups"
@@ -121,6 +136,7 @@ class _Removal:
         self.analysis: ChannelAnalysis = groups.analysis
         self.rewriter = Rewriter(new)
         self._interface = {*new.graph.inputs, *new.graph.outputs}
+        self._opaque = {node for node, _ in self.analysis.opaque}
         self._sized: set[tuple[ir.Node, int]] = set()
         self._masks: dict[ir.Value, tuple[np.ndarray | None, ...] | None] = {}
         self._original = dict(zip(nodes_below(new.graph), nodes_below(old.graph), strict=True))
@@ -186,7 +202,7 @@ class _Removal:
             ) from error
 
     def _repair(self, node: ir.Node, original: ir.Node) -> None:
-        row = self.analysis.row(original)
+        row = None if original in self._opaque else self.analysis.row(original)
         if row is not None and row.repair is not None and self._touched(original):
             attributes = {
                 name: self.groups.units.kept_of(axis, self.removed)

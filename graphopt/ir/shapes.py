@@ -27,8 +27,9 @@ _MOST_SYMBOLS = 4
 """Input symbols that are varied one by one; dimensions that depend on others stay anonymous."""
 _MOST_FACTORS = 3
 """Symbols that one dimension may depend on: 2 to that power probes settle it."""
-_FIRST_SIZE = 8
-"""Elements of a symbol that nobody gave a size: below the maxima of models (positions of a tiny transformer)."""
+_FIRST_SIZES = (8, 64, 224)
+"""Elements of a symbol that nobody gave a size, in the order of trying: below the maxima of models (positions of a
+tiny transformer), then what networks for images accept."""
 _SPAN = 8
 """How many times smaller and larger than the first size the outer votes are."""
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -42,7 +43,7 @@ class Probes:
 
     Attributes:
         model: the model; as long as probes are asked for it must not change.
-        sizes: elements of each symbol that the model is known to accept; 8 where not given. Symbols that are
+        sizes: elements of each symbol that the model is known to accept; 8, 64 or 224 where not given. Symbols that are
             expressions of others (`2*batch`) follow them.
         table: op rows, the default table where None.
     """
@@ -55,8 +56,23 @@ class Probes:
     def __post_init__(self) -> None:
         self._inference = Inference(self.model.opset_imports, self.model.ir_version)
         self.symbols = symbolic_dimensions(self.model)
+        self.base = self._first_sizes()
+
+    def _first_sizes(self) -> dict[str, int]:
+        """The given sizes, and for the other symbols the first of a few at which every node has a shape."""
         given = dict(self.sizes or {})
-        self.base = self._follow({**given, **{name: given.get(name, _FIRST_SIZE) for name in self.symbols}})
+        fewest: tuple[int, dict[str, int]] | None = None
+        for size in _FIRST_SIZES if any(name not in given for name in self.symbols) else _FIRST_SIZES[:1]:
+            sizes = self._follow({**given, **{name: given.get(name, size) for name in self.symbols}})
+            facts = self.at(sizes)
+            empty = sum(any(size <= 0 for size in shape) for shape in facts.shapes.values())
+            missing = len(facts.conflicts) + len(facts.unknown) + empty
+            if fewest is None or missing < fewest[0]:
+                fewest = missing, sizes
+            if not missing:
+                break
+        assert fewest is not None
+        return fewest[1]
 
     @property
     def first(self) -> Facts:

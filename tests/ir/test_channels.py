@@ -415,3 +415,79 @@ def test_units_are_named_in_the_same_order_whatever_the_order_of_initializers() 
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(swapped)
     assert [(group.name, group.units) for group in graphopt.channel_groups(graphopt.load(proto))] == expected
+
+
+# What a newcomer found ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [0, None, ("mlp hidden of A",)])
+def test_groups_are_selected_by_name_or_as_they_are(key: object) -> None:
+    model = load(TWO_LAYERS)
+    groups = graphopt.channel_groups(model)
+    with pytest.raises(SelectionError, match="given by its name"):
+        graphopt.remove_channels(model, {key: [0]}, groups=groups)  # type: ignore[dict-item]
+    cut = graphopt.remove_channels(model, {groups.named("mlp hidden of A"): [0]}, groups=groups)
+    assert list(cut.graph.initializers["B"].shape or ()) == [5]
+    with pytest.raises(SelectionError, match="a list is not what channel_groups returns"):
+        graphopt.remove_channels(model, {}, groups=list(groups))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("sizes", "message"), [({"m": 4}, "no dynamic dimension 'm'"), ({"n": 0}, "whole numbers")])
+def test_sizes_are_checked(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(GraphoptError, match=message):
+        graphopt.channel_groups(load(TWO_LAYERS), sizes=sizes)
+
+
+def test_sizes_that_a_network_for_images_needs_are_tried() -> None:
+    """Five halvings and a join with what was doubled again: 8 pixels are too few, 64 are not."""
+    down = " ".join(f"p{i} = MaxPool<kernel_shape=[2,2], strides=[2,2]>(p{i - 1})" for i in range(1, 6))
+    model = load(f"""g (float[n,3,h,w] x, float[8,3,1,1] A, float[4,8,1,1] B) => (float[n,4,a,b] y)
+        <float[4] s = {{1,1,2,2}}> {{ p0 = Conv(x, A) {down} u = Resize<mode="nearest">(p5, , s) v = Add(u, p4)
+        y = Conv(v, B) }}""")
+    groups = graphopt.channel_groups(model)
+    assert groups.analysis.sizes[0]["h"] == 64
+    assert [group.units for group in groups if group.prunable] == [8]
+
+
+def test_a_batch_of_minus_one_is_dynamic() -> None:
+    proto = parse(TWO_LAYERS)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    model = graphopt.load(proto)
+    cut = graphopt.remove_channels(model, {"mlp hidden of A": [1]})
+    assert run(cut, {"x": np.ones((3, 4), np.float32)})[0].shape == (3, 3)
+
+
+def test_branches_whose_axes_the_lifting_of_the_opset_writes() -> None:
+    text = """g (float[n,4] x, float[4,6] A, float[6,3] C, bool c) => (float[n,3] y, float[k] z) {
+        a = MatMul(x, A) r = Relu(a) y = MatMul(r, C)
+        z = If(c)<then_branch = one () => (float[p] t) { t = ReduceMean<axes=[1], keepdims=0>(y) },
+                  else_branch = two () => (float[q] e) { e = ReduceMean<axes=[1], keepdims=0>(y) }> }"""
+    groups = holds(load(text, opset=17), [{"x": np.ones((2, 4), np.float32), "c": np.array(True)}])
+    assert [group.units for group in groups if group.prunable] == [6]
+
+
+def test_what_lies_behind_an_unknown_shape_needs_no_repair() -> None:
+    model = load("""g (float[n,3] x, float[3,4] A, float[4,4] B, bool c) => (int64 w)
+        <int64 i = {0}, int64[1] last = {-1}> {
+        h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)
+        q = If(c)<then_branch = t () => (float[k,4] o) { o = Relu(y) },
+                  else_branch = e () => (float[k,4,1] u) { u = Unsqueeze(y, last) }>
+        s = Shape(q) w = Gather(s, i) }""")
+    holds(model, [{"x": np.ones((2, 3), np.float32), "c": np.array(True)}])
+
+
+def test_contradictions_that_onnx_does_not_see_are_refused() -> None:
+    wrong = load(
+        "g (float[n,3,5] x, float[8,3,1] A, float[4,8,1] C) => (float[n,4,5] y) { a = Conv(x, A) y = Conv(a, C) }"
+    )
+    wrong.graph.initializers["C"].const_value = ir.tensor(np.zeros((4, 7, 1), np.float32))
+    with pytest.raises(InvalidGraphError, match=r"axes of 8 and 7 elements meet[\s\S]*Conv"):
+        graphopt.channel_groups(wrong)
+    declared = load(TWO_LAYERS)
+    declared.graph.outputs[0].shape = ir.Shape(["n", 5])
+    with pytest.raises(InvalidGraphError, match="output 'y' is declared as"):
+        graphopt.channel_groups(declared)
+
+
+def test_a_report_is_text() -> None:
+    assert "parameters 48 of 48 prunable" in str(graphopt.describe_groups(load(TWO_LAYERS)))

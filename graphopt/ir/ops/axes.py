@@ -21,7 +21,7 @@ from graphopt.ir.ops.labels import Factor, Labels, LabelStore
 Sizes = tuple[int, ...]
 """Number of coordinates in each probe of the symbolic dimensions; all equal where it is static."""
 
-ONE_OF_A_PACK = "a part of its axis is this one alone"
+ONE_OF_A_PACK = "it is one slot of a packed axis, taken out by itself"
 """Why a position that is taken out by itself must stay: the slots of a packed query, key and value, for one."""
 _LONGEST = 1 << 22
 """Coordinates up to which an axis is labelled one by one."""

@@ -159,6 +159,8 @@ class ChannelSite:
         found = [axis.axis if isinstance(axis, Track) else axis for axis in axes]
         long = [axis for axis in found if not (axis.static and axis.size == 1)]
         if len({axis.sizes for axis in long}) > 1:
+            if all(axis.static for axis in long):
+                raise ContradictionError(f"axes of {' and '.join(str(axis.size) for axis in long)} elements meet")
             for axis in long:
                 self.freeze(axis, "axes of different lengths meet")
             return long[0]
@@ -255,6 +257,10 @@ class ChannelSite:
 
 class OpaqueError(Exception):
     """A rule cannot account for the node; the driver freezes all that it touches, for this reason."""
+
+
+class ContradictionError(Exception):
+    """Axes of different static lengths meet: the model contradicts itself, where onnx has not looked."""
 
 
 class RepairSite:

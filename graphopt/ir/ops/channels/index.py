@@ -11,7 +11,7 @@ from graphopt.ir.ops.channels.elementwise import CODES
 from graphopt.ir.ops.channels.layout import known_sizes
 from graphopt.ir.ops.flow import ChannelSite, OpaqueError, RepairSite, Track
 
-_BY_DATA = "its entries are selected by data"
+_BY_DATA = "its entries are looked up by data"
 _TO_THE_END = np.iinfo(np.int64).max
 
 
