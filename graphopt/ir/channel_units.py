@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -262,9 +263,7 @@ class Units:
         real = any(dtype is not None and (dtype.is_floating_point() or dtype.bitwidth <= 8) for dtype in dtypes)
         return group.frozen.channel and real
 
-    def _unit_group(
-        self, atoms: Labels, leaves: list[Leaf]
-    ) -> tuple[tuple[int, str, int, int, tuple[int, ...]], UnitGroup]:
+    def _unit_group(self, atoms: Labels, leaves: list[Leaf]) -> tuple[tuple[Any, ...], UnitGroup]:
         places = {place for leaf in leaves for place, _ in leaf.places if place[0].is_initializer()}
         members = sorted(places, key=lambda place: self._place_key(*place))
         first = self._first_coordinates(atoms, members[0], leaves)
@@ -273,7 +272,8 @@ class Units:
             self._reasons[int(flags[atoms].max())] if flags[atoms].max() >= 0 else None
             for flags in (self.frozen, self.inexact)
         )
-        key = (*self._place_key(*members[0]), int(first.min()), tuple(self.owned(members[0], int(atoms[0])).tolist()))
+        own = tuple(self.owned(members[0], int(atoms[0])).tolist())
+        key = (*self._place_key(*members[0]), int(first.min()), own, frozen is not None, inexact is not None)
         return key, UnitGroup(atoms, leaves, frozen, inexact, members)
 
     def _place_key(self, value: ir.Value, axis: int) -> tuple[int, str, int]:

@@ -442,7 +442,8 @@ def test_sizes_that_a_network_for_images_needs_are_tried() -> None:
     """Five halvings and a join with what was doubled again: 8 pixels are too few, 64 are not."""
     down = " ".join(f"p{i} = MaxPool<kernel_shape=[2,2], strides=[2,2]>(p{i - 1})" for i in range(1, 6))
     model = load(f"""g (float[n,3,h,w] x, float[8,3,1,1] A, float[4,16,1,1] B) => (float[n,4,a,b] y)
-        <float[4] s = {{1,1,2,2}}> {{ p0 = Conv(x, A) {down} u = Resize<mode="nearest">(p5, , s) v = Concat<axis=1>(u, p4)
+        <float[4] s = {{1,1,2,2}}> {{ p0 = Conv(x, A) {down} u = Resize<mode="nearest">(p5, , s)
+        v = Concat<axis=1>(u, p4)
         y = Conv(v, B) }}""")
     groups = graphopt.channel_groups(model)
     assert groups.analysis.sizes[0]["h"] == 64
