@@ -83,6 +83,8 @@ _SLOW = {
     "dual-path", "resnest", "ghostnet", "res2net", "regnet", "selective-kernel", "cbam", "coordinate-attention",
     "global-context", "mixed-linear", "retinanet", "ssd", "yolo-csp", "hrnet", "deformable-grid", "centre-points",
     "deeplab", "generator", "modulated-conv", "capsules", "vector-quantizer", "net-vlad", "nerf", "dlrm",
+    "siamese-depthwise", "unet-3d", "temporal-shift", "conv-mixer", "point-net", "graph-conv", "bilinear-pooling",
+    "channels-last", "low-rank", "espcn", "squeezenet", "channel-order", "tied-autoencoder", "nested-outputs",
 }  # fmt: skip
 _QUICK_TRANSFORMERS = {
     "fused-qkv-vit", "vit-attention-operator", "hf-vit", "mlp-mixer", "gmlp", "hf-bert", "gpt2", "hf-llama",
