@@ -9,11 +9,13 @@ from graphopt.errors import (
     DataError,
     GraphoptError,
     InvalidGraphError,
+    LiftError,
     LoadError,
     RecipeError,
     SelectionError,
     TargetMissedError,
     TraceError,
+    TrainingError,
     WriteError,
 )
 from graphopt.export.benchmark import Benchmark, benchmark
@@ -26,12 +28,14 @@ from graphopt.inputs.probes import InputSpec
 from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.compare import Comparison
 from graphopt.ir.diff import GraphDiff, diff
+from graphopt.ir.lift import lift, lower
 from graphopt.ir.load import load
 from graphopt.ir.removal import mask_channels, remove_channels
 from graphopt.ir.trace import trace
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, Remark, Semantics
 from graphopt.recipe import Recipe
+from graphopt.recover import Recovery, recover
 
 __version__ = "0.1.0"
 
@@ -46,10 +50,12 @@ __all__ = [
     "GroupsReport",
     "InputSpec",
     "InvalidGraphError",
+    "LiftError",
     "LoadError",
     "Pass",
     "Recipe",
     "RecipeError",
+    "Recovery",
     "Remark",
     "Report",
     "Result",
@@ -58,6 +64,7 @@ __all__ = [
     "Step",
     "TargetMissedError",
     "TraceError",
+    "TrainingError",
     "Verdict",
     "WriteError",
     "benchmark",
@@ -66,9 +73,12 @@ __all__ = [
     "describe_groups",
     "diff",
     "group_graph",
+    "lift",
     "load",
+    "lower",
     "mask_channels",
     "optimize",
+    "recover",
     "remove_channels",
     "save",
     "trace",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GraphoptError(Exception):
     """Anything that graphopt refuses. Catch this to catch every error raised on purpose.
@@ -61,3 +63,21 @@ class WriteError(GraphoptError):
 
 class TargetMissedError(GraphoptError):
     """A target that was asked for (`max_drop`, `tolerance`) and cannot be met."""
+
+
+class LiftError(GraphoptError):
+    """A graph that has no torch counterpart, or a module that no longer belongs to its graph."""
+
+
+class TrainingError(GraphoptError):
+    """Training that cannot start, or that stopped: no data, a loss that is NaN, a checkpoint of another model.
+
+    Attributes:
+        recovery: the `graphopt.Recovery` with the last good weights, where training had begun; None before.
+    """
+
+    recovery: Any = None
+
+
+class BatchError(DataError, TrainingError):
+    """A batch that does not fit the model, met while training runs: a `DataError` that carries `recovery`."""

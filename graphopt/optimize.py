@@ -14,15 +14,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from graphopt.errors import DataError
+from graphopt.errors import DataError, InvalidGraphError
 from graphopt.export.report import BUDGET, DEFECT, ROLLED_BACK, SPEED, Report, Step, WeightFate
 from graphopt.export.write import save
 from graphopt.inputs.calibration import Calibration, as_array, fit_feeds
 from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
+from graphopt.ir.channel_analysis import check_canonical
 from graphopt.ir.check import check_structure
 from graphopt.ir.dimensions import dimension_name
-from graphopt.ir.load import Source, read
+from graphopt.ir.lift import lift
+from graphopt.ir.load import Source, load, read
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, tensor_shape
 from graphopt.ir.opset import check_opset
@@ -34,6 +36,8 @@ from graphopt.recipe import Recipe, resolve
 
 if TYPE_CHECKING:
     import torch
+
+    from graphopt.ir.lifted import LiftedModule
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,22 @@ class Result:
     def session(self, *, threads: int = 0) -> onnxruntime.InferenceSession:
         """The optimized model in onnxruntime, ready to run; `threads` 0 is onnxruntime's default."""
         return open_session(self.model, target=self.target, threads=threads)
+
+    def to_torch(self) -> LiftedModule:
+        """The optimized model as a trainable torch module, as `graphopt.lift` makes it.
+
+        Raises:
+            LiftError: an operator has no torch function.
+
+        Example:
+            >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'
+            ...     ' g (float[1, 4] x) => (float[1, 4] y) { a = Identity (x) y = Relu (a) }')
+            >>> print(optimize(model, recipe="exact", quiet=True).to_torch().code.strip())
+            def forward(self, x):
+                y = torch.relu(x);  x = None
+                return y
+        """
+        return lift(canonical_form(self.model))
 
 
 def optimize(
@@ -154,6 +174,15 @@ def optimize(
         environment=_environment(),
     )
     return Result(best, report, original, target)
+
+
+def canonical_form(model: ir.Model) -> ir.Model:
+    """The model itself where it is canonical, else what `load` makes of it: a graph as it was given need not be."""
+    try:
+        check_canonical(model, constants=True)
+    except InvalidGraphError:
+        return load(model)
+    return model
 
 
 @dataclass(frozen=True)

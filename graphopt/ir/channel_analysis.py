@@ -126,13 +126,16 @@ def analyse(
         spared, carried = spared | more, set(state.carried)
 
 
-def check_canonical(model: ir.Model) -> None:
-    """Raise `InvalidGraphError` where a model is not in the canonical form that the analysis relies on."""
+def check_canonical(model: ir.Model, *, constants: bool = False) -> None:
+    """Raise `InvalidGraphError` where a model is not in canonical form.
+
+    Args:
+        model: what to check.
+        constants: whether Constant nodes are allowed; `load` leaves those that are outputs of a graph.
+    """
     if not isinstance(model, ir.Model):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise GraphoptError(
-            f"a {type(model).__name__} has no channels to analyse", help="pass what graphopt.load returns"
-        )
-    what = _departure(model)
+        raise GraphoptError(f"a {type(model).__name__} is no graph", help="pass what graphopt.load returns")
+    what = _departure(model, constants)
     if what is not None:
         raise InvalidGraphError(
             f"the model is not in canonical form: {what[0]}",
@@ -141,7 +144,7 @@ def check_canonical(model: ir.Model) -> None:
         )
 
 
-def _departure(model: ir.Model) -> tuple[str, str] | None:
+def _departure(model: ir.Model, constants: bool) -> tuple[str, str] | None:
     if model.functions:
         return "it has functions", str(next(iter(model.functions)))
     if model.opset_imports.get("", _OLDEST_OPSET) < _OLDEST_OPSET:
@@ -155,7 +158,7 @@ def _departure(model: ir.Model) -> tuple[str, str] | None:
         for node in graph:
             if not node.name:
                 return "a node has no name", node.op_type
-            if node.op_type == "Constant" and node.domain == "":
+            if node.op_type == "Constant" and node.domain == "" and not constants:
                 return "a weight is a Constant node", node.name
     return None
 

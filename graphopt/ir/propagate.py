@@ -26,6 +26,8 @@ _MOST_FLOATS = 64
 """Floats that a size may depend on are scales of a Resize and bounds of a Range; larger constants are weights."""
 LITERAL = "graphopt.literal"
 """Key in the `meta` of an initializer that came from a Constant node: a number in the code, not a parameter."""
+BUFFER = "graphopt.buffer"
+"""Key in `ir.Value.meta` of an initializer that was a buffer, or a frozen parameter, of the traced module."""
 _NOT_DETERMINISTIC = {
     "RandomNormal",
     "RandomNormalLike",

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphopt.ir.propagate import BUFFER
 from graphopt.ir.trace_shapes import name_symbols
 from graphopt.ir.trace_subject import Subject, unique_names
 
@@ -247,6 +248,8 @@ def _name_weights(graph: ir.Graph, subject: Subject) -> None:
             del graph.initializers[str(value.name)]
             continue
         value.name = name
+        if name in state and not state[name].requires_grad:
+            value.meta[BUFFER] = True
         tensor = value.const_value
         if tensor is not None:
             value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)

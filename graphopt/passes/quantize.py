@@ -12,13 +12,14 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError
 from graphopt.inputs.observe import Statistics, observe
 from graphopt.ir.linear import linear_at
+from graphopt.ir.quantizer import TensorPlan
 from graphopt.ir.rewrite import constant, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
 from graphopt.passes.quantize_apply import apply_plan, linear_operator, weight_axis
 from graphopt.passes.quantize_datafree import observe_probes
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import Placement, already_quantized, data_inputs, place, scaling_factor
-from graphopt.passes.quantize_plan import QuantizePlan, TensorPlan
+from graphopt.passes.quantize_plan import QuantizePlan
 from graphopt.passes.quantize_ranges import RANGES, activation_range, asymmetric_quantizer, symmetric_scales
 from graphopt.passes.quantize_saturation import SAFE_BITS, kernels_of, saturating_kernels
 

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.linear import linear_at
+from graphopt.ir.quantizer import TensorPlan
 from graphopt.ir.rewrite import Rewriter, constant, discard_if_dead, discard_if_unread, is_op
 from graphopt.passes.quantize_placement import attribute, clamp_bounds, data_inputs, node_name, scaling_factor
-from graphopt.passes.quantize_plan import QuantizePlan, TensorPlan
+from graphopt.passes.quantize_plan import QuantizePlan
 
 INT32_LIMIT = 2**31 - 1
 """Largest magnitude of an int32 bias."""

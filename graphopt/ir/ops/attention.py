@@ -7,7 +7,7 @@ from functools import partial
 
 from graphopt.ir.ops.channels import attention as channels
 from graphopt.ir.ops.families import MICROSOFT, elements, no_macs, same_shape, unary
-from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction, UnknownShapeError
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ ROWS: tuple[OpRow, ...] = (
         channels=channels.attention,
         repair=channels.repair_attention,
         shape=attention_shape,
+        torch=TorchFunction("attention", "Attention"),
     ),
     OpRow(
         "LinearAttention",
@@ -191,7 +192,13 @@ ROWS: tuple[OpRow, ...] = (
         channels=channels.linear_attention,
         repair=channels.repair_attention,
     ),
-    *unary("RotaryEmbedding", channels=channels.rotation, repair=channels.repair_rotation, shape=same_shape),
+    *unary(
+        "RotaryEmbedding",
+        channels=channels.rotation,
+        repair=channels.repair_rotation,
+        shape=same_shape,
+        torch="attention",
+    ),
     OpRow(
         "Attention",
         domain=MICROSOFT,
@@ -214,6 +221,7 @@ ROWS: tuple[OpRow, ...] = (
         structural=(8,),
         cost=multi_head_macs,
         shape=multi_head_shape,
+        torch=TorchFunction("fused_attention", "MultiHeadAttention"),
     ),
     OpRow(
         "GroupQueryAttention",

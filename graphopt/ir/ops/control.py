@@ -41,12 +41,12 @@ def _scan_length(site: Site) -> int | None:
 _sequences = partial(unary, frozen="tensors inside sequences and optionals are not followed")
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("If", structural=(0,), channels=channels.branching),
-    *unary("Loop", structural=(0, 1), channels=channels.looping),
-    *unary("Scan", channels=channels.scanning),
-    *_sequences("SequenceMap"),
-    *_sequences("SequenceConstruct", "SequenceEmpty", "SequenceLength", "ConcatFromSequence"),
-    *_sequences("SequenceAt", "SequenceErase", "SplitToSequence", structural=(1,)),
-    *_sequences("SequenceInsert", structural=(2,)),
-    *_sequences("Optional", "OptionalGetElement", "OptionalHasElement"),
+    *unary("If", structural=(0,), channels=channels.branching, torch="control"),
+    *unary("Loop", structural=(0, 1), channels=channels.looping, torch="control"),
+    *unary("Scan", channels=channels.scanning, torch="control"),
+    *_sequences("SequenceMap", torch="control"),
+    *_sequences("SequenceConstruct", "SequenceEmpty", "SequenceLength", "ConcatFromSequence", torch="sequence"),
+    *_sequences("SequenceAt", "SequenceErase", "SplitToSequence", structural=(1,), torch="sequence"),
+    *_sequences("SequenceInsert", structural=(2,), torch="sequence"),
+    *_sequences("Optional", "OptionalGetElement", "OptionalHasElement", torch="sequence"),
 )

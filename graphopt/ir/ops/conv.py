@@ -11,7 +11,7 @@ from functools import partial
 
 from graphopt.ir.ops.channels import conv as channels
 from graphopt.ir.ops.families import MICROSOFT, elements
-from graphopt.ir.ops.row import OpRow, Shape, Site
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction
 
 
 def convolution_macs(site: Site, weight: int = 1) -> int:
@@ -78,19 +78,42 @@ def window_sizes(site: Site, spatial: Sequence[int], kernel: Sequence[int]) -> S
 _grouped = partial(OpRow, repair=channels.repair_groups)
 
 ROWS: tuple[OpRow, ...] = (
-    _grouped("Conv", cost=convolution_macs, channels=channels.convolution),
-    _grouped("ConvTranspose", cost=transposed_convolution_macs, channels=channels.transposed_convolution),
+    _grouped("Conv", cost=convolution_macs, channels=channels.convolution, torch=TorchFunction("conv", "Conv")),
+    _grouped(
+        "ConvTranspose",
+        cost=transposed_convolution_macs,
+        channels=channels.transposed_convolution,
+        torch=TorchFunction("conv", "ConvTranspose"),
+    ),
     # Sampling at the offsets is interpolation, and as such 0.
-    _grouped("DeformConv", cost=convolution_macs, channels=channels.deformable_convolution),
-    _grouped("ConvInteger", cost=convolution_macs, quantization=(2, 3), channels=channels.integer_convolution),
+    _grouped(
+        "DeformConv",
+        cost=convolution_macs,
+        channels=channels.deformable_convolution,
+        torch=TorchFunction("deformable", "DeformConv"),
+    ),
+    _grouped(
+        "ConvInteger",
+        cost=convolution_macs,
+        quantization=(2, 3),
+        channels=channels.integer_convolution,
+        torch=TorchFunction("conv", "ConvInteger"),
+    ),
     _grouped(
         "QLinearConv",
         cost=partial(convolution_macs, weight=3),
         quantization=(1, 2, 4, 5, 6, 7),
         channels=channels.quantized_convolution,
+        torch=TorchFunction("conv", "QLinearConv"),
     ),
     OpRow("CausalConvWithState", cost=depthwise_state_macs, channels=channels.causal_convolution),
-    OpRow("FusedConv", domain=MICROSOFT, cost=convolution_macs, shape=convolution_shape),
+    OpRow(
+        "FusedConv",
+        domain=MICROSOFT,
+        cost=convolution_macs,
+        shape=convolution_shape,
+        torch=TorchFunction("conv", "FusedConv"),
+    ),
     *(
         OpRow(
             name,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from graphopt.ir.ops.channels.elementwise import broadcast as broadcast_channels
-from graphopt.ir.ops.row import ChannelsRule, OpRow, RepairRule, Shape, ShapeRule, Site
+from graphopt.ir.ops.row import ChannelsRule, OpRow, RepairRule, Shape, ShapeRule, Site, TorchFunction
 
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators, which its graph optimizer and quantizers put into files."""
@@ -34,10 +34,12 @@ def unary(
     channels: ChannelsRule | None = None,
     repair: RepairRule | None = None,
     frozen: str = "",
+    torch: str = "",
 ) -> tuple[OpRow, ...]:
     """Rows of ops whose output is computed from input 0 without a contraction: 0 MACs.
 
-    Outside the standard domain the output has the shape of input 0, unless `shape` says otherwise.
+    Outside the standard domain the output has the shape of input 0, unless `shape` says otherwise. `torch` is the
+    file in `graphopt/ir/ops/torch` that has their torch functions.
 
     Example:
         >>> [row.op_type for row in unary("Relu", "Sigmoid")]
@@ -57,6 +59,7 @@ def unary(
             channels=channels,
             repair=repair,
             frozen=frozen,
+            torch=TorchFunction(torch, name) if torch else None,
         )
         for name in names
     )
@@ -68,6 +71,7 @@ def broadcasting(
     operands: tuple[int, ...] | None = None,
     quantization: tuple[int, ...] = (),
     channels: ChannelsRule = broadcast_channels,
+    torch: str = "",
 ) -> tuple[OpRow, ...]:
     """Rows of ops that combine their operands position by position under ONNX broadcasting: 0 MACs.
 
@@ -77,6 +81,7 @@ def broadcasting(
         operands: indices of the inputs that are broadcast together; None for all of them.
         quantization: indices of the scales and zero points.
         channels: see `OpRow`; by default all operands must be 0 for the result to be.
+        torch: the file in `graphopt/ir/ops/torch` that has their torch functions.
     """
 
     def shape(site: Site) -> list[Shape]:
@@ -85,7 +90,15 @@ def broadcasting(
 
     rule = None if domain == "" else shape
     return tuple(
-        OpRow(name, domain=domain, cost=no_macs, shape=rule, quantization=quantization, channels=channels)
+        OpRow(
+            name,
+            domain=domain,
+            cost=no_macs,
+            shape=rule,
+            quantization=quantization,
+            channels=channels,
+            torch=TorchFunction(torch, name) if torch else None,
+        )
         for name in names
     )
 
@@ -96,6 +109,7 @@ def uncounted(
     structural: tuple[int, ...] = (),
     channels: ChannelsRule | None = None,
     frozen: str = "",
+    torch: str = "",
 ) -> tuple[OpRow, ...]:
     """Rows of ops that multiply and accumulate an unknown number of times: cost lists them as unknown.
 
@@ -103,7 +117,16 @@ def uncounted(
     the same.
     """
     return tuple(
-        OpRow(name, domain=domain, structural=structural, cost=None, channels=channels, frozen=frozen) for name in names
+        OpRow(
+            name,
+            domain=domain,
+            structural=structural,
+            cost=None,
+            channels=channels,
+            frozen=frozen,
+            torch=TorchFunction(torch, name) if torch else None,
+        )
+        for name in names
     )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.ir.ops.channels import linear as channels
 from graphopt.ir.ops.einsum import einsum_macs
 from graphopt.ir.ops.families import MICROSOFT, broadcast, elements
-from graphopt.ir.ops.row import CostRule, OpRow, Shape, ShapeRule, Site
+from graphopt.ir.ops.row import CostRule, OpRow, Shape, ShapeRule, Site, TorchFunction
 
 
 def matmul_macs(site: Site) -> int:
@@ -82,6 +82,7 @@ def _products(
     quantization: tuple[int, ...] = (),
     structural: tuple[int, ...] = (),
     element_type: int | ir.DataType = 0,
+    torch: str = "",
 ) -> tuple[OpRow, ...]:
     """Rows of onnxruntime's own products, for which `onnx.shape_inference` has no schema."""
     return tuple(
@@ -93,30 +94,38 @@ def _products(
             shape=shape,
             quantization=quantization,
             element_type=element_type,
+            torch=TorchFunction(torch, name) if torch else None,
         )
         for name in names
     )
 
 
 ROWS: tuple[OpRow, ...] = (
-    OpRow("MatMul", cost=matmul_macs, channels=channels.matmul),
-    OpRow("Gemm", cost=gemm_macs, channels=channels.gemm),
-    OpRow("Einsum", cost=einsum_macs, channels=channels.einsum),
-    OpRow("MatMulInteger", cost=matmul_macs, quantization=(2, 3), channels=channels.integer_matmul),
-    OpRow("QLinearMatMul", cost=matmul_macs, quantization=(1, 2, 4, 5, 6, 7), channels=channels.quantized_matmul),
+    OpRow("MatMul", cost=matmul_macs, channels=channels.matmul, torch=TorchFunction("linear", "MatMul")),
+    OpRow("Gemm", cost=gemm_macs, channels=channels.gemm, torch=TorchFunction("linear", "Gemm")),
+    OpRow("Einsum", cost=einsum_macs, channels=channels.einsum, torch=TorchFunction("linear", "Einsum")),
+    OpRow(
+        "MatMulInteger",
+        cost=matmul_macs,
+        quantization=(2, 3),
+        channels=channels.integer_matmul,
+        torch=TorchFunction("linear", "MatMulInteger"),
+    ),
+    OpRow(
+        "QLinearMatMul",
+        cost=matmul_macs,
+        quantization=(1, 2, 4, 5, 6, 7),
+        channels=channels.quantized_matmul,
+        torch=TorchFunction("linear", "QLinearMatMul"),
+    ),
     *_products("GemmFastGelu"),
     *_products("MatMulInteger16", element_type=ir.DataType.INT32),
     *_products("DynamicQuantizeMatMul", quantization=(2, 3)),
     *_products("MatMulIntegerToFloat", quantization=(2, 3, 4, 5), element_type=2),
     *_products("QOrderedMatMul", shape=partial(matmul_shape, right=2), quantization=(1, 3, 4, 7)),
-    *_products(
-        "FusedMatMul",
-        "FusedMatMulActivation",
-        "TransposeMatMul",
-        cost=fused_matmul_macs,
-        shape=fused_matmul_shape,
-    ),
-    *_products("FusedGemm", cost=gemm_macs, shape=gemm_shape),
+    *_products("FusedMatMul", cost=fused_matmul_macs, shape=fused_matmul_shape, torch="linear"),
+    *_products("FusedMatMulActivation", "TransposeMatMul", cost=fused_matmul_macs, shape=fused_matmul_shape),
+    *_products("FusedGemm", cost=gemm_macs, shape=gemm_shape, torch="linear"),
     *_products(
         "QGemm", cost=gemm_macs, shape=partial(gemm_shape, right=3), quantization=(1, 2, 4, 5, 7, 8), element_type=8
     ),

@@ -6,7 +6,7 @@ from functools import partial
 
 from graphopt.ir.ops.channels import norm as channels
 from graphopt.ir.ops.families import MICROSOFT, no_macs, same_shape, unary
-from graphopt.ir.ops.row import OpRow, Shape, Site
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction
 
 
 def skip_normalization_shape(site: Site) -> list[Shape]:
@@ -24,11 +24,23 @@ def embedding_normalization_shape(site: Site, table: int) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("BatchNormalization", channels=channels.batch_normalization),
-    *unary("InstanceNormalization", channels=channels.instance_normalization),
-    *unary("LayerNormalization", "RMSNormalization", channels=channels.layer_normalization),
+    OpRow(
+        "BatchNormalization",
+        statistics=(3, 4),
+        cost=no_macs,
+        channels=channels.batch_normalization,
+        torch=TorchFunction("norm", "BatchNormalization"),
+    ),
+    *unary("InstanceNormalization", channels=channels.instance_normalization, torch="norm"),
+    *unary("LayerNormalization", "RMSNormalization", channels=channels.layer_normalization, torch="norm"),
     # Function ops whose bodies defeat onnx.shape_inference. Before opset 21 there was one scale a group.
-    *unary("GroupNormalization", shape=same_shape, frozen="before opset 21 it has one scale a group"),
+    OpRow(
+        "GroupNormalization",
+        cost=no_macs,
+        shape=same_shape,
+        frozen="before opset 21 it has one scale a group",
+        torch=TorchFunction("norm", "GroupNormalization18"),
+    ),
     OpRow(
         "GroupNormalization",
         since=21,
@@ -36,13 +48,24 @@ ROWS: tuple[OpRow, ...] = (
         shape=same_shape,
         channels=channels.group_normalization,
         repair=channels.repair_group_normalization,
+        torch=TorchFunction("norm", "GroupNormalization"),
     ),
-    *unary("MeanVarianceNormalization", shape=same_shape, channels=channels.mean_variance_normalization),
+    *unary(
+        "MeanVarianceNormalization",
+        shape=same_shape,
+        channels=channels.mean_variance_normalization,
+        torch="norm",
+    ),
     # onnxruntime's name for RMSNormalization before opset 23; it lives in the standard domain.
-    *unary("SimplifiedLayerNormalization", shape=same_shape, channels=channels.layer_normalization),
-    *unary("LRN", channels=channels.local_response_normalization),
-    *unary("LpNormalization", channels=channels.norm_division),
-    *unary("Softmax", "LogSoftmax", "Hardmax", channels=channels.softmax),
+    *unary(
+        "SimplifiedLayerNormalization",
+        shape=same_shape,
+        channels=channels.layer_normalization,
+        torch="norm",
+    ),
+    *unary("LRN", channels=channels.local_response_normalization, torch="norm"),
+    *unary("LpNormalization", channels=channels.norm_division, torch="norm"),
+    *unary("Softmax", "LogSoftmax", "Hardmax", channels=channels.softmax, torch="norm"),
     *unary("GroupNorm", "SkipGroupNorm", "GatedRMSNorm", "BranchwiseRMSNorm", "BiasSoftmax", domain=MICROSOFT),
     *(
         OpRow(
@@ -51,6 +74,7 @@ ROWS: tuple[OpRow, ...] = (
             cost=no_macs,
             shape=skip_normalization_shape,
             channels=partial(channels.skip_layer_normalization, bias=bias),
+            torch=TorchFunction("norm", name),
         )
         for name, bias in (("SkipLayerNormalization", 4), ("SkipSimplifiedLayerNormalization", 3))
     ),

@@ -7,7 +7,7 @@ from functools import partial
 from graphopt.ir.ops.channels import pool as channels
 from graphopt.ir.ops.conv import window_sizes
 from graphopt.ir.ops.families import MICROSOFT, no_macs, unary
-from graphopt.ir.ops.row import OpRow, Shape, Site, UnknownShapeError
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction, UnknownShapeError
 
 
 def pool_shape(site: Site, channels_last: bool = False) -> list[Shape]:
@@ -52,15 +52,16 @@ def crop_and_resize_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("AveragePool", "MaxPool", "LpPool", channels=channels.pooling),
-    *unary("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", channels=channels.pooling),
-    *unary("MaxRoiPool", "RoiAlign", channels=channels.region_pooling),
+    *unary("AveragePool", "MaxPool", "LpPool", channels=channels.pooling, torch="pool"),
+    *unary("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", channels=channels.pooling, torch="pool"),
+    *unary("MaxRoiPool", "RoiAlign", channels=channels.region_pooling, torch="regions"),
     OpRow(
         "MaxUnpool",
         structural=(2,),
         cost=no_macs,
         shape=unpool_shape,
         frozen="its indices count through all channels",
+        torch=TorchFunction("pool", "MaxUnpool"),
     ),
     *unary("QLinearAveragePool", domain=MICROSOFT, shape=pool_shape, quantization=(1, 2, 3, 4)),
     *unary("QLinearGlobalAveragePool", domain=MICROSOFT, shape=global_pool_shape, quantization=(1, 2, 3, 4)),

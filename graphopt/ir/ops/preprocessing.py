@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt.ir.ops.channels.layout import positions, transform
-from graphopt.ir.ops.families import no_macs, unary, uncounted
-from graphopt.ir.ops.row import OpRow, Shape, Site
+from graphopt.ir.ops.families import no_macs, unary
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction
 from graphopt.ir.ops.shape import required_constant
 
 _TEXT = "text and files have no channels"
@@ -37,17 +37,41 @@ def short_time_fourier_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("BlackmanWindow", "HammingWindow", "HannWindow", structural=(0,), shape=window_shape, channels=positions),
+    *unary(
+        "BlackmanWindow",
+        "HammingWindow",
+        "HannWindow",
+        structural=(0,),
+        shape=window_shape,
+        channels=positions,
+        torch="preprocessing",
+    ),
     OpRow(
         "MelWeightMatrix",
         structural=(0, 1, 2, 3, 4),
         cost=no_macs,
         shape=mel_matrix_shape,
         channels=positions,
+        torch=TorchFunction("preprocessing", "MelWeightMatrix"),
     ),
     # A Fourier transform is as many MACs as the implementation's factorisation of its length.
-    *uncounted("DFT", structural=(1, 2), channels=transform),
-    OpRow("STFT", structural=(1, 3), cost=None, shape=short_time_fourier_shape, channels=positions),
+    OpRow("DFT", structural=(1,), cost=None, channels=transform, torch=TorchFunction("preprocessing", "DFT17")),
+    OpRow(
+        "DFT",
+        since=20,
+        structural=(1, 2),
+        cost=None,
+        channels=transform,
+        torch=TorchFunction("preprocessing", "DFT"),
+    ),
+    OpRow(
+        "STFT",
+        structural=(1, 3),
+        cost=None,
+        shape=short_time_fourier_shape,
+        channels=positions,
+        torch=TorchFunction("preprocessing", "STFT"),
+    ),
     # Text and files: their work is not arithmetic.
     *unary("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", frozen=_TEXT),
     *unary("ImageDecoder", frozen=_TEXT),

@@ -49,8 +49,8 @@ def gathered_blocks_shape(site: Site) -> list[Shape]:
 
 
 ROWS: tuple[OpRow, ...] = (
-    *unary("QuantizeLinear", "DequantizeLinear", quantization=(1, 2), channels=channels.quantization),
-    *unary("DynamicQuantizeLinear", channels=channels.dynamic_quantization),
+    *unary("QuantizeLinear", "DequantizeLinear", quantization=(1, 2), channels=channels.quantization, torch="quant"),
+    *unary("DynamicQuantizeLinear", channels=channels.dynamic_quantization, torch="quant"),
     *unary("QuantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=2),
     *unary("DequantizeLinear", domain=MICROSOFT, quantization=(1, 2), element_type=1),
     *unary("QLinearAdd", "QLinearMul", domain=MICROSOFT, shape=binary_shape, quantization=(1, 2, 4, 5, 6, 7)),

@@ -6,7 +6,7 @@ from functools import partial
 
 from graphopt.ir.ops.channels.recurrent import recurrence, repair_hidden_size
 from graphopt.ir.ops.families import MICROSOFT, elements
-from graphopt.ir.ops.row import OpRow, Shape, Site
+from graphopt.ir.ops.row import OpRow, Shape, Site, TorchFunction
 
 
 def recurrent_macs(site: Site) -> int:
@@ -30,7 +30,14 @@ def recurrent_shape(site: Site, states: int) -> list[Shape]:
 
 ROWS: tuple[OpRow, ...] = (
     *(
-        OpRow(name, structural=(4,), cost=recurrent_macs, channels=rule, repair=repair_hidden_size)
+        OpRow(
+            name,
+            structural=(4,),
+            cost=recurrent_macs,
+            channels=rule,
+            repair=repair_hidden_size,
+            torch=TorchFunction("recurrent", name),
+        )
         for name, rule in (
             ("LSTM", partial(recurrence, gates=4, biases=8, peepholes=3)),
             ("GRU", partial(recurrence, gates=3, biases=6)),

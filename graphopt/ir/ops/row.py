@@ -7,6 +7,10 @@ and is listed as unknown, `torch` empty makes `lift` refuse, `repair` empty says
 
 from __future__ import annotations
 
+import builtins
+import importlib
+import keyword
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,8 +99,54 @@ Axes of inputs that the rule does not take are frozen. A rule that cannot accoun
 """
 RepairRule = Callable[["RepairSite"], None]
 """Rewrites the attributes and size operands of a node once axes around it have shrunk."""
-TorchRule = Callable[..., Any]
-"""The differentiable torch function of the op (issue "lift")."""
+
+
+@dataclass(frozen=True)
+class TorchFunction:
+    """A function of `graphopt.ir.ops.torch`, named but not imported: torch is loaded when something is lifted.
+
+    Attributes:
+        module: name of the file in `graphopt/ir/ops/torch`.
+        op_type: the operator; its function has the same name in snake case (`function_name`).
+    """
+
+    module: str
+    op_type: str
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself. Imports torch."""
+        return getattr(importlib.import_module(f"graphopt.ir.ops.torch.{self.module}"), function_name(self.op_type))
+
+
+def function_name(op_type: str) -> str:
+    """The name of the function of an operator: snake case, with a trailing underscore where Python has the word.
+
+    Example:
+        >>> function_name("BatchNormalization"), function_name("MatMul"), function_name("Not"), function_name("LRN")
+        ('batch_normalization', 'mat_mul', 'not_', 'lrn')
+    """
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", op_type).lower()
+    return f"{name}_" if keyword.iskeyword(name) or hasattr(builtins, name) else name
+
+
+TorchRule = Callable[..., Any] | TorchFunction
+"""The differentiable torch function of the op, `function(*inputs, **attributes)`.
+
+* Inputs are positional, in the order of ONNX, None where an optional one is absent. They are tensors, but for
+  `structural` inputs that are known when the model is lifted, or computed from sizes alone: those are numbers or flat
+  lists of numbers. A structural input that waits for run time is a tensor. Types that torch lacks (int4, uint4, int2,
+  uint2) are held in int8 or uint8.
+* Attributes that the node has are keywords of the same name; the signature holds the defaults of ONNX. Tensor
+  attributes arrive as (nested) lists, subgraphs as callables that take the values of the body's inputs.
+* A signature that names them is also given `outputs` (number of outputs of the node), `training` (whether the
+  module is in training mode), `device` (where the module is; for ops that make tensors out of nothing) and
+  `element_type` (`onnx_ir.DataType` of output 0, as a number).
+* Where `element_type`, or an attribute `to` or `dtype`, is the float type that the weights of the model have, the
+  function is given the `torch.dtype` that the module has now instead of the number: a model cast to bfloat16 computes
+  in bfloat16 throughout. `dtypes.torch_dtype` takes both.
+* Returns the tensor of a node with one output, else a tuple with an entry an output. dtypes are those of ONNX.
+* Nothing is changed in place, but for running statistics while `training`. New tensors live on the inputs' device.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +162,8 @@ class OpRow:
         structural: indices of the inputs that say *how* (axes, target shapes, scales), not *what*.
         quantization: indices of the inputs that are quantization scales or zero points. They are cut with the
             channels, unlike structural ones, and like them they are no parameters of the network.
+        statistics: indices of the inputs that are statistics of data (mean and variance of BatchNormalization):
+            updated while training, never by gradient.
         element_type: where the element type of output 0 comes from, for ops that `onnx.shape_inference` does not
             know: index of the input that has the same, or the type itself. See `output_element_type`.
         cost: see `CostRule`; None means unknown.
@@ -133,6 +185,7 @@ class OpRow:
     repair: RepairRule | None = None
     torch: TorchRule | None = None
     quantization: tuple[int, ...] = ()
+    statistics: tuple[int, ...] = ()
     element_type: int | ir.DataType = 0
     frozen: str = ""
 

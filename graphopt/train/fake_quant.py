@@ -1,0 +1,375 @@
+"""FakeQuant: train a network while it computes with the integers that it will be deployed with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from graphopt.errors import LiftError
+from graphopt.ir.lifted import Insertion, LiftedModule
+from graphopt.ir.lower import Folding, Link
+from graphopt.ir.quantizer import TensorPlan
+from graphopt.train.places import LinearLayer, linear_layers
+
+_CANDIDATES = 100
+"""Clipping points that are tried for the range with the least mean squared error."""
+_SAMPLED = 2**18
+"""Elements of a tensor that its range is found on."""
+_SMALLEST_SCALE = 1e-8
+
+
+class FakeQuant(Insertion):
+    """Quantizers with learned scales and zero points at weights and activations, 2 to 8 bits (LSQ).
+
+    Forward, the arithmetic of ONNX QuantizeLinear and DequantizeLinear, so that what is trained is what runs:
+
+        q = clamp(round(x / s) + z, low, high)        y = (q - z) s
+
+    with rounding half to even and, for learned asymmetric ranges, z rounded. Backward, the gradient goes straight
+    through the rounding where nothing is clamped, and to the scale as in Esser et al. 2020, "Learned Step Size
+    Quantization", damped by 1 / sqrt(n high); to the zero point as in Bhalgat et al. 2020, "LSQ+".
+
+    Weights fold to integers and a DequantizeLinear, activations to QuantizeLinear and DequantizeLinear, behind a Clip
+    where the range is narrower than that of the stored type (4 bits in int8).
+
+    Args:
+        plan: one `TensorPlan` a tensor, or the JSON of a plan (a list of them, or `QuantizePlan.to_json()`).
+            Plans without a scale get theirs from the weight, or from `prepare` for activations.
+        learn: whether scales and zero points are trained.
+
+    Raises:
+        LiftError: on insertion, a tensor that the graph does not have, or two plans for one.
+
+    Example:
+        >>> import graphopt
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,2] y)
+        ...     <float[2,2] w = {1, 0.3, 0, -1}> { y = MatMul(x, w) }''')
+        >>> lifted = graphopt.lift(model)
+        >>> lifted.attach("quantizers", FakeQuant([TensorPlan("w", "weight", 2, True, None, (1.0,), (0,), "weights")]))
+        >>> lifted(torch.ones(1, 2)).tolist()
+        [[1.0, -1.0]]
+        >>> [node.op_type for node in graphopt.lower(lifted, model).graph]
+        ['DequantizeLinear', 'MatMul']
+    """
+
+    def __init__(self, plan: Iterable[Any] | Mapping[str, Any], *, learn: bool = True) -> None:
+        super().__init__()
+        entries: Any = plan.get("tensors", ()) if isinstance(plan, Mapping) else plan
+        plans = [entry if isinstance(entry, TensorPlan) else TensorPlan.from_json(entry) for entry in entries]
+        self.names: dict[str, str] = {}
+        self.quantizers = nn.ModuleDict()
+        for number, entry in enumerate(plans):
+            if entry.name in self.names.values():
+                raise LiftError("two quantizers for one tensor", where=entry.name, help="give each tensor one plan")
+            key = f"q{number}"
+            self.names[key] = entry.name
+            self.quantizers[key] = Quantizer(entry, learn=learn)
+
+    @classmethod
+    def for_linear(
+        cls, model: ir.Model, *, weight_bits: int = 8, activation_bits: int = 8, edge_bits: int = 8, learn: bool = True
+    ) -> FakeQuant:
+        """Quantizers at the weights and data inputs of every Conv, ConvTranspose, Gemm and MatMul with a weight.
+
+        Weights have one symmetric scale an output channel, activations one scale and a zero point.
+
+        Args:
+            model: the canonical graph that is lifted.
+            weight_bits, activation_bits: 2 to 8.
+            edge_bits: bits of the weights and inputs of the first and the last linear layers (those that read a
+                graph input, and those whose result no other linear layer depends on), as is usual below 8 bits.
+            learn: see `FakeQuant`.
+        """
+        layers = linear_layers(model)
+        edges = {layer.node for layer in layers if _is_edge(layer, layers)}
+        plans: dict[str, TensorPlan] = {}
+        for layer in layers:
+            edge = layer.node in edges
+            name, axis = layer.weight.name or "", layer.output_axis
+            bits = max(edge_bits, weight_bits) if edge else weight_bits
+            _merge(plans, TensorPlan(name, "weight", bits, True, axis, (), (), "weights"))
+            bits = max(edge_bits, activation_bits) if edge else activation_bits
+            _merge(plans, TensorPlan(layer.data.name or "", "activation", bits, False, None, (), (), "calibration"))
+        return cls(plans.values(), learn=learn)
+
+    def plan(self) -> tuple[TensorPlan, ...]:
+        """The quantizers as they are now: learned scales and zero points, in the form that the quantize pass has."""
+        return tuple(quantizer.learned() for quantizer in self._quantizers().values())
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """`plan()` as plain data, which the constructor takes."""
+        return [asdict(entry) for entry in self.plan()]
+
+    def insert(self, lifted: LiftedModule, path: str) -> None:
+        """See `Insertion`. Ranges of weights that have none are found here, by least squared error."""
+        initializers = lifted.interface.initializers
+        for key, quantizer in self._quantizers().items():
+            name = self.names[key]
+            lifted.place(name, f"{path}.quantizers.{key}")
+            if name in initializers and not quantizer.fitted:
+                quantizer.fit(lifted.get_parameter(initializers[name]).detach())
+
+    def prepare(self, lifted: LiftedModule, batches: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Find the ranges of activations that have none, by least squared error, on float activations."""
+        waiting = {key: quantizer for key, quantizer in self._quantizers().items() if not quantizer.fitted}
+        seen: dict[str, list[torch.Tensor]] = {key: [] for key in waiting}
+
+        def watch(key: str) -> Any:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen[key].append(_sample(inputs[0].detach(), _SAMPLED // max(len(batches), 1)))
+
+            return hook
+
+        handles = [quantizer.register_forward_pre_hook(watch(key)) for key, quantizer in waiting.items()]
+        active, training = self._set_active(False), lifted.training
+        try:
+            lifted.eval()
+            with torch.no_grad():
+                for batch in batches:
+                    lifted(*batch)
+        finally:
+            lifted.train(training)
+            self._set_active(active)
+            for handle in handles:
+                handle.remove()
+        for key, quantizer in waiting.items():
+            if seen[key]:
+                quantizer.fit(torch.cat(seen[key]))
+
+    def fold(self, folding: Folding) -> None:
+        """See `Insertion`."""
+        for key, quantizer in self._quantizers().items():
+            name, learned = self.names[key], quantizer.learned()
+            if name in folding.model.graph.initializers:
+                _fold_weight(folding, name, learned)
+            else:
+                _fold_activation(folding, name, learned)
+
+    def _set_active(self, active: bool) -> bool:
+        before = all(quantizer.active for quantizer in self._quantizers().values())
+        for quantizer in self._quantizers().values():
+            quantizer.active = active
+        return before
+
+    def _quantizers(self) -> dict[str, Quantizer]:
+        return dict(self.quantizers.items())  # pyright: ignore[reportReturnType]
+
+
+class Quantizer(nn.Module):
+    """One place: `scale` and `zero_point` of [1] or, along `plan.axis`, of [channels]."""
+
+    fitted: torch.Tensor | bool
+
+    def __init__(self, plan: TensorPlan, *, learn: bool) -> None:
+        super().__init__()
+        self.planned, self.active = plan, True
+        self.fitted = bool(plan.scale)
+        size = max(len(plan.scale), 1)
+        scale = torch.tensor(plan.scale or [1.0] * size, dtype=torch.float32)
+        zero = torch.tensor(plan.zero_point or [0] * size, dtype=torch.float32)
+        self.scale = nn.Parameter(scale, requires_grad=learn)
+        self.zero_point = nn.Parameter(zero, requires_grad=learn and not plan.signed)
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the grid of its integers; unchanged while ranges are being found."""
+        if not self.active:
+            return tensor
+        if not self.fitted:
+            raise LiftError(
+                "a quantizer has no range yet", where=self.planned.name, help="call FakeQuant.prepare with some inputs"
+            )
+        low, high = self.planned.limits
+        per_scale = tensor.numel() // self.scale.numel()
+        samples = tensor.shape[0] if self.planned.role == "activation" and tensor.dim() > 0 else 1
+        damping = 1.0 / math.sqrt(max(per_scale // max(samples, 1), 1) * high)
+        return _Learned.apply(tensor, self.scale, self.zero_point, low, high, damping, self.planned.axis)  # pyright: ignore[reportReturnType]
+
+    def fit(self, tensor: torch.Tensor) -> None:
+        """Take the range with the least mean squared error on `tensor` (the whole weight, or samples of a value)."""
+        low, high = self.planned.limits
+        axis = self.planned.axis
+        rows = _sample(tensor, _SAMPLED)[None] if axis is None else tensor.movedim(axis, 0).flatten(1)
+        scale, zero = _least_squares_range(rows.float(), low, high, symmetric=self.planned.signed)
+        device, learn = self.scale.device, self.scale.requires_grad
+        self.scale = nn.Parameter(scale.to(device), requires_grad=learn)
+        self.zero_point = nn.Parameter(zero.to(device), requires_grad=self.zero_point.requires_grad)
+        self.fitted = True
+
+    def learned(self) -> TensorPlan:
+        """The plan with the scales and zero points of now."""
+        scale = self.scale.detach().float().clamp_min(_SMALLEST_SCALE).cpu().tolist()
+        zero = self.zero_point.detach().float().round().clamp(*_zero_limits(self.planned)).int().cpu().tolist()
+        return replace(self.planned, scale=tuple(scale), zero_point=tuple(zero), source="training")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Ranges come in the size that they were saved in, and count as found."""
+        for name in ("scale", "zero_point"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                old: nn.Parameter = getattr(self, name)
+                if saved.shape != old.shape:
+                    setattr(self, name, nn.Parameter(torch.empty_like(saved, device=old.device), old.requires_grad))
+                self.fitted = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+class _Learned(torch.autograd.Function):
+    """The quantizer and its straight-through gradient, see `FakeQuant`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        low: int,
+        high: int,
+        damping: float,
+        axis: int | None,
+    ) -> torch.Tensor:
+        step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
+        ctx.save_for_backward(tensor, scale, zero_point)
+        ctx.settings = low, high, damping, axis
+        integers = torch.div(tensor.to(step.dtype), step).round_().add_(zero).clamp_(low, high)
+        return integers.sub_(zero).mul_(step).to(tensor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        tensor, scale, zero_point = ctx.saved_tensors
+        low, high, damping, axis = ctx.settings
+        step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
+        ratio = torch.div(tensor.to(step.dtype), step)
+        integers = ratio.round().add_(zero)
+        inside = (integers >= low) & (integers <= high)
+        to_tensor = torch.where(inside, gradient, 0.0)
+        wide = gradient.to(step.dtype)
+        to_scale = to_zero = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, integers - zero - ratio, integers.clamp(low, high) - zero)
+            to_scale = _summed(wide * slope, scale, axis) * damping
+        if ctx.needs_input_grad[2]:
+            to_zero = _summed(torch.where(inside, 0.0, -wide * step), zero_point, axis) * damping
+        return to_tensor, to_scale, to_zero, None, None, None, None
+
+
+def _shaped(
+    scale: torch.Tensor, zero_point: torch.Tensor, low: int, high: int, tensor: torch.Tensor, axis: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positive scale and whole zero point, shaped to broadcast with the tensor."""
+    shape = [1] * tensor.dim()
+    if axis is not None:
+        shape[axis] = -1
+    zero = zero_point.round().clamp(min(low, 0), high)
+    return scale.clamp_min(_SMALLEST_SCALE).reshape(shape), zero.reshape(shape)
+
+
+def _summed(tensor: torch.Tensor, like: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The sum over all axes but that of the scales, in the shape of the scales."""
+    if axis is None:
+        return tensor.sum().reshape(like.shape)
+    return tensor.sum([other for other in range(tensor.dim()) if other != axis % tensor.dim()]).reshape(like.shape)
+
+
+def _zero_limits(plan: TensorPlan) -> tuple[int, int]:
+    low, high = plan.limits
+    return min(low, 0), high
+
+
+def _least_squares_range(
+    rows: torch.Tensor, low: int, high: int, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row [channels, n] with the least squared error, over clipped ranges."""
+    smallest, largest = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
+    if symmetric:
+        largest = torch.maximum(-smallest, largest)
+        smallest = -largest
+    best = torch.full_like(largest, torch.inf)
+    best_scale, best_zero = torch.ones_like(largest), torch.zeros_like(largest)
+    for candidate in range(_CANDIDATES, _CANDIDATES // 10, -1):
+        share = candidate / _CANDIDATES
+        scale = ((largest - smallest) * share / (high - low)).clamp_min(_SMALLEST_SCALE)
+        zero = torch.zeros_like(scale) if symmetric else (low - smallest * share / scale).round().clamp(low, high)
+        integers = ((rows / scale[:, None]).round_() + zero[:, None]).clamp_(low, high)
+        error = ((integers - zero[:, None]) * scale[:, None] - rows).square_().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """At most about `count` elements, evenly taken."""
+    flat = tensor.reshape(-1)
+    stride = max(flat.numel() // max(count, 1), 1)
+    return flat[::stride]
+
+
+def _fold_weight(folding: Folding, name: str, plan: TensorPlan) -> None:
+    array = folding.constant(name)
+    kind = ir.DataType.from_numpy(array.dtype)
+    integers = folding.add_constant(f"{name}_quantized", plan.quantize(np.asarray(array, np.float32)))
+    operands = _parameters(folding, name, plan, array.dtype)
+    attributes = {} if plan.axis is None else {"axis": plan.axis}
+    folding.insert_after(name, [Link("DequantizeLinear", operands, attributes, kind)], source=integers)
+
+
+def _fold_activation(folding: Folding, name: str, plan: TensorPlan) -> None:
+    kind = folding.element_type(name)
+    operands = _parameters(folding, name, plan, kind.numpy())
+    attributes = {} if plan.axis is None else {"axis": plan.axis}
+    chain: list[Link] = []
+    stored = np.iinfo(plan.dtype)
+    if plan.limits != (stored.min, stored.max) and plan.axis is None:
+        low, high = (bound.astype(kind.numpy()).reshape(()) for bound in plan.range())
+        bounds = [folding.add_constant(f"{name}_low", low), folding.add_constant(f"{name}_high", high)]
+        chain.append(Link("Clip", bounds))
+    chain.append(Link("QuantizeLinear", operands, attributes, ir.DataType.from_numpy(plan.dtype)))
+    chain.append(Link("DequantizeLinear", operands, attributes, kind))
+    folding.insert_after(name, chain)
+
+
+def _parameters(folding: Folding, name: str, plan: TensorPlan, dtype: np.dtype[Any]) -> list[ir.Value]:
+    scale, zero = np.asarray(plan.scale, dtype), np.asarray(plan.zero_point, plan.dtype)
+    shape = () if plan.axis is None else (-1,)
+    return [
+        folding.add_constant(f"{name}_scale", scale.reshape(shape)),
+        folding.add_constant(f"{name}_zero_point", zero.reshape(shape)),
+    ]
+
+
+def _merge(plans: dict[str, TensorPlan], plan: TensorPlan) -> None:
+    """Where layers share a tensor, the one that needs more bits decides."""
+    known = plans.get(plan.name)
+    if known is None or plan.bits > known.bits:
+        plans[plan.name] = plan
+
+
+def _is_edge(layer: LinearLayer, layers: Sequence[LinearLayer]) -> bool:
+    """Whether no linear layer is before, or none behind."""
+    others = {other.node for other in layers}
+    return not _reaches(layer.data, others, forward=False) or not _reaches(layer.result, others, forward=True)
+
+
+def _reaches(value: ir.Value, nodes: set[ir.Node], *, forward: bool) -> bool:
+    """Whether the producers (or the consumers) of a value lead to one of the nodes."""
+    waiting, seen = [value], {value}
+    while waiting:
+        current = waiting.pop()
+        producer = current.producer()
+        found = list(current.consumers()) if forward else ([] if producer is None else [producer])
+        for node in found:
+            if node in nodes:
+                return True
+            further = node.outputs if forward else node.inputs
+            fresh = [other for other in further if other is not None and other not in seen]
+            seen.update(fresh)
+            waiting += fresh
+    return False
