@@ -55,7 +55,9 @@ def measure(name: str, way: str, device: str, seconds: float) -> list[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batch = torch.export.Dim("batch")
-        model = graphopt.trace(module.eval(), (example.repeat(2, *[1] * (example.dim() - 1)),), dynamic_shapes=({0: batch},))
+        model = graphopt.trace(
+            module.eval(), (example.repeat(2, *[1] * (example.dim() - 1)),), dynamic_shapes=({0: batch},)
+        )
     lifted = graphopt.lift(model)
     data = example.repeat(BATCH[device], *[1] * (example.dim() - 1)).to(device)
     pair: list[Any] = [copy.deepcopy(module).to(device), lifted.to(device)]

@@ -38,6 +38,7 @@ class Recovery:
         best_step: number of steps after which the weights of `model` were reached.
         notes: what you should know, one sentence each.
         seconds: wall clock time, measurements included.
+        module: what was trained, with its insertions and the weights of `model`, in evaluation mode.
         target: "cpu" or "cuda", where sessions run.
     """
 
@@ -48,6 +49,7 @@ class Recovery:
     best_step: int
     notes: tuple[str, ...]
     seconds: float
+    module: LiftedModule = field(repr=False)
     target: str = "cpu"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -138,7 +140,7 @@ def recover(
         device: of torch, for instance "cuda".
         clip_norm: largest norm of all gradients together.
         evaluate: called with an onnxruntime session of the model so far, returns one number, higher is better. The
-            best weights win, those before training included. Without it the last ones win.
+            best weights win, those before training included, of equal ones the last. Without it the last ones win.
         evaluate_every: steps between two measurements; None measures ten times, and before training in any case.
         checkpoint: path of a file to write the state of the run to.
         checkpoint_every: steps between two checkpoints; None writes ten.
@@ -166,7 +168,6 @@ def recover(
     from graphopt.train.settings import Settings
 
     graph, target = _graph_of(subject)
-    pairs = dict(match) if isinstance(match, Mapping) else {name: name for name in _names("match", match)}
     settings = Settings(
         steps=steps,
         loss=loss,
@@ -178,7 +179,7 @@ def recover(
         weight_decay=weight_decay,
         warmup=warmup,
         schedule=schedule,
-        match=pairs,
+        match=_pairs(match),
         insertions=dict(insertions or {}),
         trainable=None if trainable is None else _names("trainable", trainable),
         norm=norm,
@@ -226,6 +227,7 @@ def _recovery(outcome: Outcome, model: ir.Model, original: ir.Model, target: str
         best_step=outcome.best_step,
         notes=outcome.notes,
         seconds=outcome.seconds,
+        module=outcome.module,
         target=target,
     )
 
@@ -292,6 +294,10 @@ def _teacher_of(subject: Result | ir.Model, graph: ir.Model, teacher: Any, setti
             help='pass "original", an onnx_ir.Model (graphopt.load reads files), a torch module or None',
         )
     return teacher
+
+
+def _pairs(match: Mapping[str, str] | Iterable[str]) -> dict[str, str]:
+    return dict(match) if isinstance(match, Mapping) else {name: name for name in _names("match", match)}
 
 
 def _names(option: str, names: Iterable[str]) -> tuple[str, ...]:

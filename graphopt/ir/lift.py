@@ -41,8 +41,9 @@ def lift(model: ir.Model, *, table: OpTable | None = None, trainable: Iterable[s
 
     Example:
         >>> import torch
-        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,2] x) => (float[n,3] y)
-        ...     <float[2,3] w = {1, 2, 3, 4, 5, 6}> { h = MatMul(x, w) y = Relu(h) }''')
+        >>> from graphopt import load
+        >>> model = load(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,2] x) =>
+        ...     (float[n,3] y) <float[2,3] w = {1, 2, 3, 4, 5, 6}> { h = MatMul(x, w) y = Relu(h) }'''))
         >>> module = lift(model)
         >>> module(x=torch.tensor([[1.0, -1.0]])), list(module.state_dict())
         (tensor([[0., 0., 0.]], grad_fn=<ReluBackward0>), ['w'])
@@ -80,8 +81,9 @@ def lower(module: LiftedModule, model: ir.Model, *, table: OpTable | None = None
 
     Example:
         >>> import torch
-        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1] x) => (float[1] y)
-        ...     <float[1,1] w = {2}> { y = MatMul(x, w) }''')
+        >>> from graphopt import load
+        >>> model = load(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1] x) => (float[1] y)
+        ...     <float[1,1] w = {2}> { y = MatMul(x, w) }'''))
         >>> module = lift(model)
         >>> with torch.no_grad():
         ...     _ = module.w.mul_(3)

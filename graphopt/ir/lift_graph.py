@@ -89,7 +89,7 @@ class Paths:
     def new(self, name: str) -> str:
         """A free path; parts that are empty, taken or not safe in generated code are changed."""
         parts = [_SAFE_PART.sub("_", part) or "_" for part in name.split(".")]
-        parts = [f"{part}_" if part in self._reserved else part for part in parts]
+        parts = [f"{part}_" if part in self._reserved or keyword.iskeyword(part) else part for part in parts]
         path: list[str] = []
         for part in parts[:-1]:
             while ".".join([*path, part]) in self._leaves:

@@ -34,7 +34,9 @@ class FakeQuant(Insertion):
 
     with rounding half to even and, for learned asymmetric ranges, z rounded. Backward, the gradient goes straight
     through the rounding where nothing is clamped, and to the scale as in Esser et al. 2020, "Learned Step Size
-    Quantization", damped by 1 / sqrt(n high); to the zero point as in Bhalgat et al. 2020, "LSQ+".
+    Quantization", damped by 1 / sqrt(n high); to the zero point as in Bhalgat et al. 2020, "LSQ+". What is trained is
+    the logarithm of the scale over its first value (as in Jain et al. 2019, "Trained Quantization Thresholds"), so that
+    one learning rate serves scales of any size.
 
     Weights fold to integers and a DequantizeLinear, activations to QuantizeLinear and DequantizeLinear, behind a Clip
     where the range is narrower than that of the stored type (4 bits in int8).
@@ -49,8 +51,8 @@ class FakeQuant(Insertion):
 
     Example:
         >>> import graphopt
-        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,2] y)
-        ...     <float[2,2] w = {1, 0.3, 0, -1}> { y = MatMul(x, w) }''')
+        >>> model = graphopt.load(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
+        ...     g (float[1,2] x) => (float[1,2] y) <float[2,2] w = {1, 0.3, 0, -1}> { y = MatMul(x, w) }'''))
         >>> lifted = graphopt.lift(model)
         >>> lifted.attach("quantizers", FakeQuant([TensorPlan("w", "weight", 2, True, None, (1.0,), (0,), "weights")]))
         >>> lifted(torch.ones(1, 2)).tolist()
@@ -128,15 +130,19 @@ class FakeQuant(Insertion):
             return hook
 
         handles = [quantizer.register_forward_pre_hook(watch(key)) for key, quantizer in waiting.items()]
-        active, training = self._set_active(False), lifted.training
+        active = [module for module in lifted.modules() if isinstance(module, Quantizer) and module.active]
+        training = lifted.training
         try:
+            for quantizer in active:
+                quantizer.active = False
             lifted.eval()
             with torch.no_grad():
                 for batch in batches:
                     lifted(*batch)
         finally:
             lifted.train(training)
-            self._set_active(active)
+            for quantizer in active:
+                quantizer.active = True
             for handle in handles:
                 handle.remove()
         for key, quantizer in waiting.items():
@@ -152,30 +158,31 @@ class FakeQuant(Insertion):
             else:
                 _fold_activation(folding, name, learned)
 
-    def _set_active(self, active: bool) -> bool:
-        before = all(quantizer.active for quantizer in self._quantizers().values())
-        for quantizer in self._quantizers().values():
-            quantizer.active = active
-        return before
-
     def _quantizers(self) -> dict[str, Quantizer]:
         return dict(self.quantizers.items())  # pyright: ignore[reportReturnType]
 
 
 class Quantizer(nn.Module):
-    """One place: `scale` and `zero_point` of [1] or, along `plan.axis`, of [channels]."""
+    """One place. `base`, `log_ratio` and `zero_point` are [1] or, along `plan.axis`, [channels]."""
 
-    fitted: torch.Tensor | bool
+    base: torch.Tensor
 
     def __init__(self, plan: TensorPlan, *, learn: bool) -> None:
         super().__init__()
-        self.planned, self.active = plan, True
+        self.planned, self.active, self.learn = plan, True, learn
         self.fitted = bool(plan.scale)
-        size = max(len(plan.scale), 1)
-        scale = torch.tensor(plan.scale or [1.0] * size, dtype=torch.float32)
-        zero = torch.tensor(plan.zero_point or [0] * size, dtype=torch.float32)
-        self.scale = nn.Parameter(scale, requires_grad=learn)
-        self.zero_point = nn.Parameter(zero, requires_grad=learn and not plan.signed)
+        scale = torch.tensor(plan.scale or [1.0], dtype=torch.float32)
+        self._set(scale, torch.tensor(plan.zero_point or [0] * scale.numel(), dtype=torch.float32))
+
+    def _set(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        self.register_buffer("base", scale)
+        self.log_ratio = nn.Parameter(torch.zeros_like(scale), requires_grad=self.learn)
+        self.zero_point = nn.Parameter(zero_point, requires_grad=self.learn and not self.planned.signed)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The scale as it is now."""
+        return self.base * self.log_ratio.exp()
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the grid of its integers; unchanged while ranges are being found."""
@@ -186,7 +193,7 @@ class Quantizer(nn.Module):
                 "a quantizer has no range yet", where=self.planned.name, help="call FakeQuant.prepare with some inputs"
             )
         low, high = self.planned.limits
-        per_scale = tensor.numel() // self.scale.numel()
+        per_scale = tensor.numel() // self.base.numel()
         samples = tensor.shape[0] if self.planned.role == "activation" and tensor.dim() > 0 else 1
         damping = 1.0 / math.sqrt(max(per_scale // max(samples, 1), 1) * high)
         return _Learned.apply(tensor, self.scale, self.zero_point, low, high, damping, self.planned.axis)  # pyright: ignore[reportReturnType]
@@ -197,26 +204,22 @@ class Quantizer(nn.Module):
         axis = self.planned.axis
         rows = _sample(tensor, _SAMPLED)[None] if axis is None else tensor.movedim(axis, 0).flatten(1)
         scale, zero = _least_squares_range(rows.float(), low, high, symmetric=self.planned.signed)
-        device, learn = self.scale.device, self.scale.requires_grad
-        self.scale = nn.Parameter(scale.to(device), requires_grad=learn)
-        self.zero_point = nn.Parameter(zero.to(device), requires_grad=self.zero_point.requires_grad)
+        self._set(scale.to(self.base.device), zero.to(self.base.device))
         self.fitted = True
 
     def learned(self) -> TensorPlan:
         """The plan with the scales and zero points of now."""
-        scale = self.scale.detach().float().clamp_min(_SMALLEST_SCALE).cpu().tolist()
+        scale = self.scale.detach().float().cpu().tolist()
         zero = self.zero_point.detach().float().round().clamp(*_zero_limits(self.planned)).int().cpu().tolist()
         return replace(self.planned, scale=tuple(scale), zero_point=tuple(zero), source="training")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Ranges come in the size that they were saved in, and count as found."""
-        for name in ("scale", "zero_point"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                old: nn.Parameter = getattr(self, name)
-                if saved.shape != old.shape:
-                    setattr(self, name, nn.Parameter(torch.empty_like(saved, device=old.device), old.requires_grad))
-                self.fitted = True
+        saved = state_dict.get(f"{prefix}base")
+        if saved is not None:
+            if saved.shape != self.base.shape:
+                self._set(torch.ones_like(saved, device=self.base.device), torch.zeros_like(saved))
+            self.fitted = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
@@ -263,12 +266,12 @@ class _Learned(torch.autograd.Function):
 def _shaped(
     scale: torch.Tensor, zero_point: torch.Tensor, low: int, high: int, tensor: torch.Tensor, axis: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positive scale and whole zero point, shaped to broadcast with the tensor."""
+    """Scale and whole zero point, shaped to broadcast with the tensor."""
     shape = [1] * tensor.dim()
     if axis is not None:
         shape[axis] = -1
     zero = zero_point.round().clamp(min(low, 0), high)
-    return scale.clamp_min(_SMALLEST_SCALE).reshape(shape), zero.reshape(shape)
+    return scale.reshape(shape), zero.reshape(shape)
 
 
 def _summed(tensor: torch.Tensor, like: torch.Tensor, axis: int | None) -> torch.Tensor:
@@ -325,15 +328,32 @@ def _fold_activation(folding: Folding, name: str, plan: TensorPlan) -> None:
     kind = folding.element_type(name)
     operands = _parameters(folding, name, plan, kind.numpy())
     attributes = {} if plan.axis is None else {"axis": plan.axis}
-    chain: list[Link] = []
     stored = np.iinfo(plan.dtype)
-    if plan.limits != (stored.min, stored.max) and plan.axis is None:
-        low, high = (bound.astype(kind.numpy()).reshape(()) for bound in plan.range())
-        bounds = [folding.add_constant(f"{name}_low", low), folding.add_constant(f"{name}_high", high)]
-        chain.append(Link("Clip", bounds))
+    chain: list[Link] = []
+    if plan.limits != (stored.min, stored.max):
+        low, high = (bound.astype(kind.numpy()) for bound in plan.range())
+        chain += _clamp(folding, name, plan, low, high)
     chain.append(Link("QuantizeLinear", operands, attributes, ir.DataType.from_numpy(plan.dtype)))
     chain.append(Link("DequantizeLinear", operands, attributes, kind))
     folding.insert_after(name, chain)
+
+
+def _clamp(folding: Folding, name: str, plan: TensorPlan, low: np.ndarray, high: np.ndarray) -> list[Link]:
+    """Operators that keep a value in the range of a quantizer, one scale or one a channel."""
+    if plan.axis is None:
+        shape: tuple[int, ...] = ()
+    else:
+        known = folding.value(name).shape
+        if known is None:
+            raise LiftError(
+                "the rank of a value with a scale a channel is unknown", where=name, help="give it one scale"
+            )
+        shape = tuple(-1 if axis == plan.axis % len(known) else 1 for axis in range(len(known)))
+    lowest = folding.add_constant(f"{name}_low", low.reshape(shape))
+    highest = folding.add_constant(f"{name}_high", high.reshape(shape))
+    if plan.axis is None:
+        return [Link("Clip", [lowest, highest])]
+    return [Link("Max", [lowest]), Link("Min", [highest])]
 
 
 def _parameters(folding: Folding, name: str, plan: TensorPlan, dtype: np.dtype[Any]) -> list[ir.Value]:

@@ -159,6 +159,10 @@ class Mask(Insertion):
             if before < 1.0:
                 self._choose(1.0 - (1.0 - done) ** 3)
 
+    def settled(self, step: int, steps: int) -> bool:
+        """Whether the sparsity has been reached."""
+        return self._rule is None or step >= self._ramp * steps
+
     def fold(self, folding: Folding) -> None:
         """See `Insertion`."""
         for name, site in zip(self.names.values(), self._sites(), strict=True):

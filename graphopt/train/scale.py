@@ -31,9 +31,9 @@ class Scale(Insertion):
 
     Example:
         >>> import graphopt
-        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,1] y)
-        ...     <float[2,2] w = {1, 0, 0, 1}, float[2,1] v = {1, 1}>
-        ...     { h = MatMul(x, w) a = Relu(h) y = MatMul(a, v) }''')
+        >>> model = graphopt.load(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
+        ...     g (float[1,2] x) => (float[1,1] y) <float[2,2] w = {1, 0, 0, 1}, float[2,1] v = {1, 1}>
+        ...     { h = MatMul(x, w) a = Relu(h) y = MatMul(a, v) }'''))
         >>> lifted = graphopt.lift(model)
         >>> lifted.attach("gates", Scale.for_channels(model, l1=0.1))
         >>> round(float(lifted.insertions["gates"].penalty().detach()), 6)

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphopt.errors import GraphoptError, TrainingError
 from graphopt.ir.lift import lower
-from graphopt.ir.lifted import Insertion
+from graphopt.ir.lifted import Insertion, LiftedModule
 from graphopt.train.batches import Batch, Batches
 from graphopt.train.checkpoint import (
     model_digest,
@@ -51,6 +51,7 @@ class Outcome:
         best_step: number of steps done to get to the weights of `model`.
         notes: what the user should know, one sentence each.
         seconds: wall clock time, earlier runs of the same checkpoint included.
+        module: what was trained, insertions in it, with the weights of `model`.
         error: what stopped the run, or None.
     """
 
@@ -60,6 +61,7 @@ class Outcome:
     best_step: int
     notes: tuple[str, ...]
     seconds: float
+    module: LiftedModule
     error: TrainingError | None = None
 
 
@@ -365,7 +367,7 @@ class Trainer:
             ) from error
         self._metrics.append((self._step, metric))
         settled = all(each.settled(self._step, self.settings.steps) for each in self._insertions())
-        if settled and (self._best is None or metric > self._best.metric):
+        if settled and (self._best is None or metric >= self._best.metric):
             self._best = _Best(metric, self._step, _copied(self.module.state_dict()))
 
     def _save(self) -> None:
@@ -422,7 +424,9 @@ class Trainer:
 
     def _outcome(self, model: ir.Model | None, best_step: int, error: TrainingError | None) -> Outcome:
         history, metrics = tuple(enumerate(self._history)), tuple(self._metrics)
-        return Outcome(model, history, metrics, best_step, tuple(self._notes), self._seconds(), error)
+        return Outcome(
+            model, history, metrics, best_step, tuple(self._notes), self._seconds(), self.module.eval(), error
+        )
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_the_schedule() -> None:
     settings = Settings(steps=20, warmup=4)
     factors = [settings.factor(step) for step in range(20)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(later < earlier for earlier, later in zip(factors[4:], factors[5:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[4:]))
     assert 0 < factors[-1] < 0.02
     assert Settings(steps=20, schedule="constant").factor(19) == 1
 

@@ -31,15 +31,11 @@ asinh = torch.asinh
 acosh = torch.acosh
 atanh = torch.atanh
 not_ = torch.logical_not
-mul = torch.mul
 equal = torch.eq
 where = torch.where
 and_ = torch.logical_and
 or_ = torch.logical_or
 xor = torch.logical_xor
-bitwise_and = torch.bitwise_and
-bitwise_or = torch.bitwise_or
-bitwise_xor = torch.bitwise_xor
 
 
 def identity(value: Any) -> Any:
@@ -67,6 +63,12 @@ def is_inf(x: torch.Tensor, *, detect_negative: int = 1, detect_positive: int = 
 def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add 14."""
     return unsigned.modular(torch.add, a, b) if a.dtype in unsigned.SIGNED else torch.add(a, b)
+
+
+@unsigned.widens(torch.mul)
+def mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mul 14."""
+    return unsigned.modular(torch.mul, a, b) if a.dtype in unsigned.SIGNED else torch.mul(a, b)
 
 
 @unsigned.widens(torch.sub)
@@ -151,6 +153,24 @@ def less(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def less_or_equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """LessOrEqual 16."""
     return torch.le(unsigned.ordered(a), unsigned.ordered(b))
+
+
+@unsigned.widens(torch.bitwise_and)
+def bitwise_and(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """BitwiseAnd 18."""
+    return unsigned.modular(torch.bitwise_and, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_and(a, b)
+
+
+@unsigned.widens(torch.bitwise_or)
+def bitwise_or(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """BitwiseOr 18."""
+    return unsigned.modular(torch.bitwise_or, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_or(a, b)
+
+
+@unsigned.widens(torch.bitwise_xor)
+def bitwise_xor(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """BitwiseXor 18."""
+    return unsigned.modular(torch.bitwise_xor, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_xor(a, b)
 
 
 @unsigned.widens(torch.bitwise_not)

@@ -180,10 +180,11 @@ def _native(
     """Y and the final states by a kernel of torch."""
     reverse, bidirectional = direction == "reverse", direction == "bidirectional"
     has_biases = len(parameters) == (8 if bidirectional else 4)
-    hidden = list(states) if len(states) > 1 else states[0]
+    states = [state.contiguous() for state in states]  # cuDNN insists
+    hidden = states if len(states) > 1 else states[0]
     # Kept for the backward pass, which cuDNN refuses otherwise. Without dropout training is the same.
     training = torch.is_grad_enabled()
-    data = x.flip(0) if reverse else x
+    data = x.flip(0) if reverse else x.contiguous()
     y, *final = kernel(data, hidden, parameters, has_biases, 1, 0.0, training, bidirectional, False)
     y = y.flip(0) if reverse else y
     return y.unflatten(2, (2 if bidirectional else 1, -1)).transpose(1, 2), *final

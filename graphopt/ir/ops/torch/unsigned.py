@@ -63,7 +63,7 @@ def quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def remainder(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a modulo b, of wide unsigned tensors."""
-    return modular(torch.sub, a, torch.mul(quotient(a, b), b))
+    return modular(torch.sub, a, modular(torch.mul, quotient(a, b), b))
 
 
 def shift_right(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""What training on the lifted graph gives back: quantization to 4 and 2 bits, and half of the inner channels gone.
+
+    python -m benchmarks.training               # needs ../shared/data; on the GPU where there is one
+
+ResNet-20 on CIFAR-10, accuracy on the 10,000 test images by onnxruntime. Batches of 128 with the usual crops and
+flips. The teacher is the float original in every run; the recovery of the pruned network sees no labels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+import graphopt
+from benchmarks.models import DATA, cifar10, cifar_resnet
+from benchmarks.results import Column, Goal, Results, Row, progress, read_options, stopwatch
+from graphopt.ir.session import open_session
+from graphopt.recover import Recovery
+from graphopt.train import FakeQuant
+
+INPUT = "pixel_values"
+BATCH, EPOCH = 128, 390
+"""Images of a batch, and batches of one pass over the 50,000 training images."""
+WIDTHS = ((4, 4), (2, 4))
+"""Bits of weights and of activations; the first and the last layer have 8."""
+RECOVERED, FOLDED = 0.8, 0.1
+"""Share of the lost points that training must bring back, and points that folding may change."""
+
+
+class Images:
+    """Training images, shuffled anew in every pass, cropped with a border of 4 and flipped; with labels or without."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None) -> None:
+        self.images = torch.nn.functional.pad(torch.from_numpy(images), (4, 4, 4, 4))
+        self.labels = None if labels is None else torch.from_numpy(labels)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches of 128 images [128, 3, 32, 32], the incomplete last one left out."""
+        for chosen in torch.randperm(len(self.images)).split(BATCH):
+            if len(chosen) < BATCH:
+                return
+            left, top = (torch.randint(0, 9, (BATCH, 1, 1, 1)) for _ in range(2))
+            rows = (top + torch.arange(32).reshape(1, 1, 32, 1)).expand(-1, 3, -1, 40)
+            columns = (left + torch.arange(32).reshape(1, 1, 1, 32)).expand(-1, 3, 32, -1)
+            batch = self.images[chosen].gather(2, rows).gather(3, columns)
+            batch = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, batch.flip(3), batch)
+            yield batch if self.labels is None else (batch, self.labels[chosen])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write `results/training.json`."""
+    options = read_options("training", __doc__, arguments)
+    if not DATA.exists():
+        sys.exit(f"the trained weights and the images are not here: {DATA}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    results = Results(
+        "training", f"ResNet-20 on CIFAR-10, trained on the lifted graph ({named})", options.command, options.complete
+    )
+    training, test = cifar10("train"), cifar10("test")
+    if options.quick:
+        test = test[0][::20], test[1][::20]
+    epoch = 6 if options.quick else EPOCH
+    model = traced()
+    results.rows.append({"variant": "float", "top1": accuracy(model, test), "steps": 0})
+    for weight_bits, activation_bits in WIDTHS:
+        results.rows += quantized(model, training, test, weight_bits, activation_bits, 2 * epoch, device)
+    results.rows += pruned(model, training, test, epoch, device)
+    results.goals += goals(results.rows)
+    results.show_and_write(COLUMNS)
+
+
+def traced() -> ir.Model:
+    """The trained network with a dynamic batch."""
+    example = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return graphopt.trace(cifar_resnet(20), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def quantized(
+    model: ir.Model, training: Any, test: Any, weight_bits: int, activation_bits: int, steps: int, device: str
+) -> list[Row]:
+    """Two rows: quantized after training, and trained so."""
+    name = f"W{weight_bits}A{activation_bits}"
+    progress(name)
+    folded = graphopt.optimize(model, recipe="exact", quiet=True).model
+    quantizers = FakeQuant.for_linear(folded, weight_bits=weight_bits, activation_bits=activation_bits)
+    lifted = graphopt.lift(folded)
+    lifted.attach("quantizers", quantizers)
+    quantizers.prepare(lifted, [[torch.from_numpy(training[0][start::50])] for start in range(2)])
+    after = accuracy(graphopt.lower(lifted, folded), test)
+    with stopwatch() as watch:
+        recovery = graphopt.recover(
+            folded,
+            Images(*training),
+            steps=steps,
+            teacher=model,
+            loss=torch.nn.functional.cross_entropy,
+            insertions={"quantizers": FakeQuant(quantizers.plan())},
+            learning_rate=1e-3,
+            device=device,
+            quiet=True,
+        )
+    return [
+        {"variant": f"{name} after training", "top1": after, "steps": 0},
+        _trained(f"{name} trained", recovery, test, steps, watch.seconds),
+    ]
+
+
+def pruned(model: ir.Model, training: Any, test: Any, steps: int, device: str) -> list[Row]:
+    """Two rows: half of the channels inside every block removed at random, and then recovered without labels."""
+    progress("half of the inner channels")
+    generator = np.random.default_rng(0)
+    groups = [group for group in graphopt.channel_groups(model) if group.prunable and "stream" not in group.name]
+    selection = {group.name: generator.permutation(group.units)[: group.units // 2].tolist() for group in groups}
+    small = graphopt.remove_channels(model, selection)
+    with stopwatch() as watch:
+        recovery = graphopt.recover(
+            small,
+            Images(training[0], None),
+            steps=steps,
+            teacher=model,
+            learning_rate=3e-3,
+            device=device,
+            quiet=True,
+        )
+    return [
+        {"variant": f"{len(groups)} groups halved", "top1": accuracy(small, test), "steps": 0},
+        _trained("halved, recovered", recovery, test, steps, watch.seconds),
+    ]
+
+
+def _trained(variant: str, recovery: Recovery, test: Any, steps: int, seconds: float) -> Row:
+    row: Row = {"variant": variant, "top1": accuracy(recovery.model, test), "steps": steps, "seconds": seconds}
+    module = recovery.module.cpu()
+    images, labels = torch.from_numpy(test[0]), torch.from_numpy(test[1])
+    with torch.no_grad():
+        found = [module(chunk).argmax(1) for chunk in images.split(500)]
+    row["torch_top1"] = 100 * float((torch.cat(found) == labels).float().mean())
+    return row
+
+
+def accuracy(model: ir.Model, test: tuple[np.ndarray, np.ndarray]) -> float:
+    """Percent of the images whose largest logit is the label's, in onnxruntime as users run it."""
+    session, (images, labels) = open_session(model, threads=0), test
+    found = [
+        session.run_feeds({INPUT: images[start : start + 500]})[0].argmax(1) for start in range(0, len(images), 500)
+    ]
+    return 100 * float(np.mean(np.concatenate(found) == labels))
+
+
+def goals(rows: Sequence[Row]) -> list[Goal]:
+    """What the issue asks for."""
+    by_variant = {row["variant"]: row for row in rows}
+    whole, before, trained = (by_variant[name]["top1"] for name in ("float", "W4A4 after training", "W4A4 trained"))
+    share = (trained - before) / (whole - before)
+    found = [
+        Goal(
+            f"W4A4: training brings back {RECOVERED:.0%} of what is lost",
+            f"{share:.0%} ({whole:.2f} to {before:.2f}, back to {trained:.2f} %)",
+            share >= RECOVERED,
+        )
+    ]
+    for row in rows:
+        if "torch_top1" in row:
+            apart = abs(row["torch_top1"] - row["top1"])
+            claim = f"{row['variant']}: torch and onnxruntime are at most {FOLDED} points apart"
+            found.append(Goal(claim, f"{row['torch_top1']:.2f} and {row['top1']:.2f} %", apart <= FOLDED + 1e-9))
+    return found
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("variant", lambda row: row["variant"]),
+    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
+    ("in torch %", lambda row: f"{row['torch_top1']:.2f}" if "torch_top1" in row else ""),
+    ("steps", lambda row: str(row["steps"])),
+    ("s", lambda row: f"{row['seconds']:.0f}" if "seconds" in row else ""),
+)
+
+
+if __name__ == "__main__":
+    main()
