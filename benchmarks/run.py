@@ -1,6 +1,6 @@
 """Every benchmark behind the README's figures, each in a process of its own, and one summary.
 
-    python -m benchmarks.run                    # about an hour on an idle machine; writes benchmarks/results
+    python -m benchmarks.run                    # about an hour and a half on an idle machine; writes benchmarks/results
     python -m benchmarks.run --quick            # functional, under 2 minutes; figures are not worth quoting
     python -m benchmarks.run --all              # and the studies behind single passes (forms, split_parallel)
 
@@ -22,8 +22,8 @@ from benchmarks.models import DATA
 from benchmarks.results import FOLDER, PARTIAL_FOLDER, show_goals, stopwatch
 
 BENCHMARKS = (
-    *("cost", "exact", "old_file", "int8", "channels", "channels_scale"),
-    *(("accuracy",) if DATA.exists() else ()),
+    *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift"),
+    *(("accuracy", "training") if DATA.exists() else ()),
 )
 STUDIES = ("forms", "split_parallel")
 _ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
     python -m benchmarks.training               # needs ../shared/data; on the GPU where there is one
 
 ResNet-20 on CIFAR-10, accuracy on the 10,000 test images by onnxruntime. Batches of 128 with the usual crops and
-flips. The teacher is the float original in every run; the recovery of the pruned network sees no labels.
+flips. The teacher is the float original, and nothing sees a label.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ RECOVERED, FOLDED = 0.8, 0.1
 
 
 class Images:
-    """Training images, shuffled anew in every pass, cropped with a border of 4 and flipped; with labels or without."""
+    """Training images, shuffled anew in every pass, cropped with a border of 4 and flipped."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None) -> None:
+    def __init__(self, images: np.ndarray) -> None:
         self.images = torch.nn.functional.pad(torch.from_numpy(images), (4, 4, 4, 4))
-        self.labels = None if labels is None else torch.from_numpy(labels)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches of 128 images [128, 3, 32, 32], the incomplete last one left out."""
         for chosen in torch.randperm(len(self.images)).split(BATCH):
             if len(chosen) < BATCH:
@@ -48,8 +47,7 @@ class Images:
             rows = (top + torch.arange(32).reshape(1, 1, 32, 1)).expand(-1, 3, -1, 40)
             columns = (left + torch.arange(32).reshape(1, 1, 1, 32)).expand(-1, 3, 32, -1)
             batch = self.images[chosen].gather(2, rows).gather(3, columns)
-            batch = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, batch.flip(3), batch)
-            yield batch if self.labels is None else (batch, self.labels[chosen])
+            yield torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, batch.flip(3), batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,10 +94,11 @@ def quantized(
     with stopwatch() as watch:
         recovery = graphopt.recover(
             folded,
-            Images(*training),
+            Images(training[0]),
             steps=steps,
             teacher=model,
-            loss=torch.nn.functional.cross_entropy,
+            distillation="kl",
+            temperature=4.0,
             insertions={"quantizers": FakeQuant(quantizers.plan())},
             learning_rate=1e-3,
             device=device,
@@ -112,19 +111,24 @@ def quantized(
 
 
 def pruned(model: ir.Model, training: Any, test: Any, steps: int, device: str) -> list[Row]:
-    """Two rows: half of the channels inside every block removed at random, and then recovered without labels."""
+    """Two rows: half of the channels inside every block removed at random, and then recovered.
+
+    What every block puts out has the same channels as before, so it is matched with the teacher's too.
+    """
     progress("half of the inner channels")
     generator = np.random.default_rng(0)
     groups = [group for group in graphopt.channel_groups(model) if group.prunable and "stream" not in group.name]
     selection = {group.name: generator.permutation(group.units)[: group.units // 2].tolist() for group in groups}
     small = graphopt.remove_channels(model, selection)
+    streams = [node.outputs[0].name or "" for node in small.graph if node.op_type == "Relu" and _follows_add(node)]
     with stopwatch() as watch:
         recovery = graphopt.recover(
             small,
-            Images(training[0], None),
+            Images(training[0]),
             steps=steps,
             teacher=model,
-            learning_rate=3e-3,
+            match=streams,
+            learning_rate=1e-2,
             device=device,
             quiet=True,
         )
@@ -132,6 +136,11 @@ def pruned(model: ir.Model, training: Any, test: Any, steps: int, device: str) -
         {"variant": f"{len(groups)} groups halved", "top1": accuracy(small, test), "steps": 0},
         _trained("halved, recovered", recovery, test, steps, watch.seconds),
     ]
+
+
+def _follows_add(node: ir.Node) -> bool:
+    producer = None if node.inputs[0] is None else node.inputs[0].producer()
+    return producer is not None and producer.op_type == "Add"
 
 
 def _trained(variant: str, recovery: Recovery, test: Any, steps: int, seconds: float) -> Row:

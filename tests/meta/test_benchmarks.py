@@ -14,7 +14,9 @@ from benchmarks import contest, old_file, results, run
 from graphopt.export.benchmark import Benchmark, Latency, Speed
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-MEASURING = ("accuracy", "channels", "channels_scale", "cost", "exact", "int8", "old_file")
+MEASURING = ("accuracy", "channels", "channels_scale", "cost", "exact", "int8", "lift", "old_file", "training")
+WITH_DATA = {"accuracy", "training"}
+"""Those that need ../shared/data, and are run only where it is."""
 RUNNABLE = sorted(file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 COMMITTED = sorted((FOLDER / "results").glob("*.json"))
 
@@ -40,8 +42,8 @@ def test_every_benchmark_can_be_run_by_name(name: str) -> None:
 
 
 def test_run_runs_what_there_is() -> None:
-    assert {*run.BENCHMARKS, *run.STUDIES, "accuracy", "run"} == set(RUNNABLE)
-    assert set(MEASURING) == {*run.BENCHMARKS, "accuracy"}
+    assert {*run.BENCHMARKS, *run.STUDIES, *WITH_DATA, "run"} == set(RUNNABLE)
+    assert set(MEASURING) == {*run.BENCHMARKS, *WITH_DATA}
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)

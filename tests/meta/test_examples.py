@@ -14,6 +14,8 @@ PROMISES = {
     "02_see_what_changed.py": ["--- fold-batchnorm", "nodes    5 -> 2"],
     "03_your_own_pass.py": ["exact, tolerance None: rolled back", "lossy, tolerance 0.5: applied"],
     "04_channels.py": ["heads of key", "must stay: graph output 'output'", "batch 7: cut against masked"],
+    "05_recover.py": ["recovered "],
+    "06_accelerate.py": ["recovered in int8"],
 }
 
 

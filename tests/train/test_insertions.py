@@ -222,8 +222,7 @@ def test_quantizers_refuse_what_does_not_fit() -> None:
 # Mask.
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "scope"), [*((name, "layer") for name in MODELS), ("resnet", "global")])
 def test_unstructured_masks_fold_to_zeros(name: str, scope: str) -> None:
     model, lifted = zoo_model(name), graphopt.lift(zoo_model(name))
     mask = Mask.unstructured(model, 0.75, scope=scope, ramp=0)
@@ -252,8 +251,9 @@ def test_masked_weights_have_no_effect_and_no_gradient() -> None:
         assert weight[kept].min() >= weight[~kept].max()
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (4, 8)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "n", "m"), [*((name, 2, 4) for name in MODELS), ("resnet", 1, 4), ("vit", 1, 2), ("resnet", 4, 8)]
+)
 def test_n_of_m_masks_keep_n_of_every_m_inputs(name: str, n: int, m: int) -> None:
     model, lifted = zoo_model(name), graphopt.lift(zoo_model(name))
     mask = Mask.n_of_m(model, n, m)
