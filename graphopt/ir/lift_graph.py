@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import keyword
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from torch import fx, nn
+from torch import fx
 
 from graphopt.errors import LiftError
 from graphopt.ir.channel_analysis import nodes_below, subgraphs_of
-from graphopt.ir.lifted import ANCHOR, NODE, VALUE
+from graphopt.ir.lifted import ANCHOR, NODE, VALUE, LiftedModule
 from graphopt.ir.ops.row import OpRow, OpTable, TorchFunction
 from graphopt.ir.ops.torch import sizes
 from graphopt.ir.ops.torch.unsigned import PLAIN
@@ -33,6 +34,8 @@ _WIDE_UNSIGNED = {ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, No
 _SAFE_PART = re.compile(r"[^A-Za-z0-9_/:$@+-]")
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "precision")
 """Attributes whose value is an element type."""
+_WORDS_OF_THE_CODE = {"self", "torch", "device", "getattr", "inf", "nan", "__debug__"}
+"""Identifiers that mean something in generated code."""
 _SAME_BITS = "BitCast"
 """The operator whose `to` stays as it is, because the number of bits must."""
 
@@ -81,8 +84,7 @@ class Paths:
     """Attribute paths for ONNX names: the name itself wherever Python and torch allow it."""
 
     def __init__(self) -> None:
-        reserved = {*dir(nn.Module), *dir(fx.GraphModule), "interface", "insertions", "training", "meta", ANCHOR}
-        self._reserved = reserved
+        self._reserved = {*dir(LiftedModule), "interface", "insertions", "training", "meta", ANCHOR}
         self._modules: set[str] = set()
         self._leaves: set[str] = set()
 
@@ -112,7 +114,7 @@ def identifier(name: str) -> str:
     """
     word = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
     word = f"_{word}" if word[0].isdigit() else word
-    return f"{word}_" if keyword.iskeyword(word) or word == "self" else word
+    return f"{word}_" if keyword.iskeyword(word) or word in _WORDS_OF_THE_CODE else word
 
 
 def _refuse_unknown(model: ir.Model, table: OpTable) -> None:
@@ -149,20 +151,27 @@ class _GraphLift:
     def run(self) -> GraphPlan:
         if self._source is not self._model.graph:
             self._plan.captured = captured_values(self._source)
-        taken: set[str] = set()
-        for value in (*self._plan.captured, *self._source.inputs):
-            name = identifier(value.name or "")
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            self._nodes[value] = self._graph.placeholder(name)
-            self._nodes[value].meta[VALUE] = value.name
+        self._placeholders((*self._plan.captured, *self._source.inputs))
         for node in self._source:
             self._call(node)
         returned = tuple(self._tensor(value) for value in self._source.outputs)
         single = len(returned) == 1 and self._source is self._model.graph
         self._graph.output(returned[0] if single else returned)
         return self._plan
+
+    def _placeholders(self, values: Iterable[ir.Value]) -> None:
+        """Parameters of `forward`. Inside they keep their names, so that no assignment to one overwrites another."""
+        names: dict[str, ir.Value] = {}
+        for value in values:
+            name = identifier(value.name or "")
+            while name in names:
+                name += "_"
+            names[name] = value
+        for name, value in names.items():
+            inside = name
+            while hasattr(builtins, inside) or (inside != name and inside in names):
+                inside += "_"
+            self._set(value, self._graph.create_node("placeholder", name, name=inside))
 
     def _call(self, node: ir.Node) -> None:
         if self._on_host(node):
@@ -254,6 +263,8 @@ class _GraphLift:
     def _attributes(self, node: ir.Node) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, attribute in node.attributes.items():
+            if not name.isidentifier() or keyword.iskeyword(name):  # it becomes a keyword in generated code
+                raise LiftError(f"an attribute of {node.op_type} is named {name!r}", where=node.name)
             if attribute.type == ir.AttributeType.GRAPH:
                 found[name] = self._body(node, name, attribute.as_graph())
             elif name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT and node.op_type != _SAME_BITS:
@@ -272,10 +283,17 @@ class _GraphLift:
             found["training"] = self._attribute_node("training")
         if "device" in names:
             found["device"] = self._device()
+        if "results" in names:
+            found["results"] = [self._described(value) for value in node.outputs]
         dtype = node.outputs[0].dtype if node.outputs else None
         if "element_type" in names and dtype is not None:
             found["element_type"] = self._element_type(dtype)
         return found
+
+    def _described(self, value: ir.Value) -> tuple[Any, list[int]]:
+        """Element type and shape of a value, as `row.TorchRule` has it."""
+        sizes_known = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+        return self._element_type(value.dtype or ir.DataType.FLOAT), sizes_known
 
     def _element_type(self, dtype: ir.DataType) -> Any:
         return self._of_anchor("dtype") if dtype == self._float else int(dtype)

@@ -26,6 +26,8 @@ def build_module(model: ir.Model, table: OpTable, wanted: frozenset[str]) -> Lif
     reference = torch_dtype(float_type(model))
     root = _bodies(plan, reference)
     trainable: set[str] = set()
+    for name in sorted(wanted - plan.initializers.keys()):
+        raise LiftError(f"{name!r} is read as numbers, not as a tensor", help="`trainable` names what is computed with")
     for name, path in plan.initializers.items():
         value = model.graph.initializers[name]
         if value.const_value is None:
@@ -87,6 +89,8 @@ def _is_parameter(value: ir.Value, tensor: torch.Tensor, model: ir.Model, table:
     """Whether training may move an initializer; see `graphopt.lift`."""
     if not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.numel() == 0 or value.meta.get(BUFFER):
         return False
+    if any(_is_read_as_numbers(use.node, use.idx, model, table) for use in value.uses()):
+        return False
     in_code = tensor.numel() == 1 or value.meta.get(LITERAL)
     if all(
         _is_setting(use.node, use.idx, model, table)
@@ -95,6 +99,12 @@ def _is_parameter(value: ir.Value, tensor: torch.Tensor, model: ir.Model, table:
     ):
         return False
     return bool(torch.isfinite(tensor).all())
+
+
+def _is_read_as_numbers(node: ir.Node, index: int, model: ir.Model, table: OpTable) -> bool:
+    """Whether the generated code, or BatchNormalization's own update, holds the value: no gradient step may move it."""
+    row = table.row(node.domain, node.op_type, model.opset_imports.get(node.domain, 1))
+    return row is not None and index in (*row.structural, *row.statistics)
 
 
 def _is_setting(node: ir.Node, index: int, model: ir.Model, table: OpTable) -> bool:

@@ -5,6 +5,7 @@ torch is imported here; nothing imports this module before something is lifted.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import fx, nn
 
 from graphopt.errors import DataError, LiftError
 from graphopt.ir.ops.torch.dtypes import torch_dtype
+from graphopt.ir.ops.torch.sizes import HOST
 
 if TYPE_CHECKING:
     from graphopt.ir.lower import Folding
@@ -176,17 +178,18 @@ class LiftedModule(fx.GraphModule):
         """The same module (parameters are shared) that returns further ONNX values after its own outputs, as a tuple.
 
         Raises:
-            LiftError: there is no value of such a name.
+            LiftError: there is no value of such a name, or it is a size.
         """
         graph = fx.Graph()
         nodes: dict[fx.Node, fx.Node] = {}
         returned = graph.graph_copy(self.graph, nodes)
         own = list(returned) if isinstance(returned, (tuple, list)) else [returned]  # pyright: ignore[reportArgumentType]
-        graph.output((*own, *(nodes[self._end(self.node_of(value))] for value in values)))
+        graph.output((*own, *(nodes[self._end(self._tensor_node(value))] for value in values)))
         tapped = LiftedModule(self, graph)
+        # One dictionary for both: `to` puts new buffers in the place of old ones.
+        tapped.__dict__.update(_parameters=self._parameters, _buffers=self._buffers)
         tapped.meta = self.meta
         tapped.interface = replace(self.interface, outputs=(*self.interface.outputs, *values))
-        tapped.train(self.training)
         return tapped
 
     def attach(self, name: str, insertion: Insertion) -> None:
@@ -195,7 +198,8 @@ class LiftedModule(fx.GraphModule):
         Raises:
             LiftError: the name is taken or no identifier, or the insertion does not fit; the graph is then as before.
         """
-        if not name.isidentifier() or name in self.insertions:
+        allowed = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+        if not allowed or hasattr(self.insertions, name):
             raise LiftError(f"an insertion cannot be named {name!r}", help="give each a fresh identifier")
         before = fx.Graph()
         before.output(before.graph_copy(self.graph, {}))
@@ -203,12 +207,12 @@ class LiftedModule(fx.GraphModule):
         try:
             insertion.insert(self, f"{INSERTIONS}.{name}")
             self.graph.lint()
+            self.recompile()
         except Exception:
             del self.insertions[name]
             self.graph = before
             raise
         insertion.to(device=self.device)
-        self.recompile()
 
     def place(self, value: str, target: str, consumers: Collection[str] | None = None) -> None:
         """Let a module (at path `target`) stand between an ONNX value and its consumers.
@@ -216,13 +220,14 @@ class LiftedModule(fx.GraphModule):
         Args:
             value: name of a value or initializer of the main graph.
             target: path of a child module that takes one tensor and returns one of the same shape.
-            consumers: names of the ONNX nodes that are to read the result; None for all uses, outputs included.
+            consumers: names of the ONNX nodes that are to read the result; None for all uses, outputs included
+                (but for an output that is an input itself, which stays one).
 
         Raises:
-            LiftError: no such value, or a consumer that does not read it.
+            LiftError: no such value, it is a size, or a consumer does not read it.
         """
-        source = self._end(self.node_of(value))
-        chosen = list(source.users) if consumers is None else self._consumers(source, value, set(consumers))
+        source = self._end(self._tensor_node(value))
+        chosen = _readers(source) if consumers is None else self._consumers(source, value, set(consumers))
         with self.graph.inserting_after(source):
             inserted = self.graph.call_module(target, (source,))
         inserted.meta[VALUE] = value
@@ -231,11 +236,18 @@ class LiftedModule(fx.GraphModule):
 
     def _end(self, node: fx.Node) -> fx.Node:
         """The last module that stands between a value and all of its consumers."""
-        while len(node.users) == 1:
-            (user,) = node.users
+        while len(_readers(node)) == 1:
+            (user,) = _readers(node)
             if user.op != "call_module" or user.meta.get(VALUE) != node.meta.get(VALUE):
                 break
             node = user
+        return node
+
+    def _tensor_node(self, value: str) -> fx.Node:
+        """`node_of` a value that is a tensor, not a size on the host."""
+        node = self.node_of(value)
+        if node.target in HOST.values():
+            raise LiftError(f"{value!r} is computed on the host, from sizes", help="name a value that is a tensor")
         return node
 
     def _consumers(self, source: fx.Node, value: str, wanted: set[str]) -> list[fx.Node]:
@@ -244,6 +256,11 @@ class LiftedModule(fx.GraphModule):
         if missing:
             raise LiftError(f"{sorted(missing)[0]!r} does not read {value!r}", help="name nodes that do")
         return chosen
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value and can be made to read another: an output that is an input keeps its name, so it cannot."""
+    return [user for user in node.users if not (node.op == "placeholder" and user.op == "output")]
 
 
 def as_tensor(array: Any) -> torch.Tensor:

@@ -32,9 +32,22 @@ def lower_module(module: torch.nn.Module, model: ir.Model, table: OpTable) -> ir
     for name, path in module.interface.initializers.items():
         _write(result.graph.initializers[name], attribute(module, path), path)
     folding = Folding(result, module.interface.initializers)
-    for insertion in module.insertions.children():
+    waiting = list(module.insertions.items())
+    while waiting:
+        _, insertion = waiting.pop(0)
+        folding.later = _places(module, [name for name, _ in waiting])
         insertion.fold(folding)  # pyright: ignore[reportCallIssue]
     return folding.finish()
+
+
+def _places(module: LiftedModule, insertions: Sequence[str]) -> frozenset[str]:
+    """The values at which some insertions stand."""
+    prefixes = tuple(f"{INSERTIONS}.{name}." for name in insertions)
+    return frozenset(
+        node.meta[VALUE]
+        for node in module.graph.nodes
+        if node.op == "call_module" and f"{node.target}.".startswith(prefixes)
+    )
 
 
 def check_fit(module: LiftedModule, model: ir.Model, table: OpTable) -> None:
@@ -140,13 +153,21 @@ class Folding:
 
     Attributes:
         model: the graph, with the trained weights in it.
+        later: values and weights at which insertions stand that are folded after the present one.
     """
+
+    later: frozenset[str] = frozenset()
 
     def __init__(self, model: ir.Model, initializers: Mapping[str, str]) -> None:
         self.model = model
         self._lifted = initializers
         self._values = {value.name: value for node in model.graph for value in node.outputs}
         self._values.update({value.name: value for value in model.graph.inputs})
+        self._initializers = dict(model.graph.initializers)
+        self._taken: set[str | None] = set()  # names of values and nodes, subgraphs included
+        for graph in model.graphs():
+            self._taken.update(value.name for value in graph.inputs)
+            self._taken.update(part.name for node in graph for part in (node, *node.outputs))
         self._ends: dict[str, ir.Value] = {}
         self._changes: list[Callable[[ir.Model], ir.Model]] = []
 
@@ -155,12 +176,22 @@ class Folding:
         return self._initializer(name).numpy()
 
     def set_constant(self, name: str, array: np.ndarray) -> None:
-        """Give an initializer other values of the same shape; the element type stays."""
+        """Give an initializer other values of the same shape; the element type stays.
+
+        Raises:
+            LiftError: another shape, or an earlier insertion has put operators behind the initializer.
+        """
         old = self._initializer(name)
+        if not self.is_constant(name):
+            raise LiftError(f"{name!r} has operators behind it by now", help="fold to operators: insert_after")
         if tensor_shape(old) != array.shape:
             raise LiftError(f"{list(array.shape)} is not the shape of {name!r}", help="fold to the shape of the weight")
-        value = self.model.graph.initializers[name]
+        value = self._initializers[name]
         value.const_value = ir.Tensor(array.astype(old.numpy().dtype), dtype=old.dtype, name=name)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether this is an initializer, and no earlier insertion has put operators behind it."""
+        return name in self._initializers and name not in self._ends
 
     def element_type(self, name: str) -> ir.DataType:
         """Element type of a value; float32 where it is unknown."""
@@ -172,15 +203,11 @@ class Folding:
 
     def add_constant(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
         """A new initializer; the name is made unique."""
-        graph = self.model.graph
-        taken = graph.initializers.keys() | self._values.keys()
-        unique, number = name, 1
-        while unique in taken:
-            number += 1
-            unique = f"{name}_{number}"
+        unique = self._free(name)
         tensor = ir.Tensor(array, dtype=dtype or ir.DataType.from_numpy(array.dtype), name=unique)
         value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(value)
+        self.model.graph.register_initializer(value)
+        self._initializers[unique] = value
         return value
 
     def insert_after(
@@ -203,7 +230,7 @@ class Folding:
             The end of the chain.
         """
         start = self._end(name)
-        readers = [use for use in start.uses() if consumers is None or (use.node.name or "") in consumers]
+        readers = [use for use in start.uses() if consumers is None or self._is_one_of(use.node, consumers)]
         running = source or start
         nodes: list[ir.Node] = []
         for link in chain:
@@ -212,28 +239,41 @@ class Folding:
             node.name = running.name = self._free(f"{name}_{link.op_type}")
             dtype = link.dtype or start.dtype
             running.shape, running.type = start.shape, None if dtype is None else ir.TensorType(dtype)
-            self._values[running.name] = running
+            self._taken.add(running.name)
             nodes.append(node)
-        produced = start.producer()
+        graph, produced = self.model.graph, start.producer()
         if produced is not None:
-            self.model.graph.insert_after(produced, nodes)
+            graph.insert_after(produced, nodes)
+        elif len(graph):
+            graph.insert_before(graph[0], nodes)
         else:
-            self.model.graph.insert_before(self.model.graph[0], nodes)
+            graph.extend(nodes)
         for use in readers:
             use.node.replace_input_with(use.idx, running)
-        if consumers is None:
+        if consumers is None and not start.is_graph_input():
             self._move_outputs(start, running)
+        # As `LiftedModule.place`: what all consumers read is what the next insertion stands behind.
+        left = {use.node for use in start.uses()} - set(nodes)
+        if consumers is None or not (left or start.is_graph_output()):
             self._ends[name] = running
         return running
+
+    def _is_one_of(self, node: ir.Node, consumers: Collection[str]) -> bool:
+        """Whether a node of the main graph is named; those of subgraphs may have the same names."""
+        return node.graph is self.model.graph and (node.name or "") in consumers
 
     def _move_outputs(self, start: ir.Value, end: ir.Value) -> None:
         """The end of the chain becomes the graph output, under its name."""
         outputs = self.model.graph.outputs
-        for index, value in enumerate(outputs):
-            if value is start:
-                start.name, end.name = self._free(f"{start.name}_float"), start.name
-                end.type, end.shape = start.type, start.shape
-                outputs[index] = end
+        places = [index for index, value in enumerate(outputs) if value is start]
+        if not places:
+            return
+        name = start.name
+        start.name = self._free(f"{name}_float")
+        self._taken.add(start.name)
+        end.name, end.type, end.shape = name, start.type, start.shape
+        for index in places:
+            outputs[index] = end
 
     def at_end(self, change: Callable[[ir.Model], ir.Model]) -> None:
         """Have the whole graph rewritten (units removed, say) after all insertions are folded."""
@@ -243,9 +283,9 @@ class Folding:
         """The folded graph, checked; initializers that nothing reads any more are gone."""
         read = {value for node in nodes_below(self.model.graph) for value in node.inputs}
         read.update(value for graph in self.model.graphs() for value in graph.outputs)
-        for name in self._lifted:
-            if self.model.graph.initializers[name] not in read:
-                del self.model.graph.initializers[name]
+        for value in map(self._initializers.__getitem__, self._lifted):
+            if value not in read:
+                del self.model.graph.initializers[value.name or ""]
         check_structure(self.model)
         for change in self._changes:
             self.model = change(self.model)
@@ -253,19 +293,19 @@ class Folding:
 
     def _free(self, name: str) -> str:
         number, unique = 1, name
-        while unique in self._values or unique in self.model.graph.initializers:
+        while unique in self._taken or unique in self.model.graph.initializers:
             number += 1
             unique = f"{name}_{number}"
         return unique
 
     def _initializer(self, name: str) -> ir.TensorProtocol:
-        value = self.model.graph.initializers.get(name)
+        value = self._initializers.get(name)
         if value is None or value.const_value is None:
             raise LiftError(f"there is no initializer {name!r} in the model", help=_LIFT_AGAIN)
         return value.const_value
 
     def _end(self, name: str) -> ir.Value:
-        found = self._ends.get(name) or self._values.get(name) or self.model.graph.initializers.get(name)
+        found = self._ends.get(name) or self._values.get(name) or self._initializers.get(name)
         if found is None:
             raise LiftError(f"there is no value {name!r} in the model", help=_LIFT_AGAIN)
         return found

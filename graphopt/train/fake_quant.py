@@ -14,7 +14,7 @@ from torch import nn
 
 from graphopt.errors import LiftError
 from graphopt.ir.lifted import Insertion, LiftedModule
-from graphopt.ir.lower import Folding, Link
+from graphopt.ir.lower import Folding, Link, attribute
 from graphopt.ir.quantizer import TensorPlan
 from graphopt.train.places import LinearLayer, linear_layers
 
@@ -111,12 +111,14 @@ class FakeQuant(Insertion):
 
     def insert(self, lifted: LiftedModule, path: str) -> None:
         """See `Insertion`. Ranges of weights that have none are found here, by least squared error."""
+        if lifted.reference_dtype == torch.float64:
+            raise LiftError("ONNX has no quantizers for float64", help="quantize the model in float32")
         initializers = lifted.interface.initializers
         for key, quantizer in self._quantizers().items():
             name = self.names[key]
             lifted.place(name, f"{path}.quantizers.{key}")
             if name in initializers and not quantizer.fitted:
-                quantizer.fit(lifted.get_parameter(initializers[name]).detach())
+                quantizer.fit(attribute(lifted, initializers[name]).detach())
 
     def prepare(self, lifted: LiftedModule, batches: Sequence[Sequence[torch.Tensor]]) -> None:
         """Find the ranges of activations that have none, by least squared error, on float activations."""
@@ -125,7 +127,8 @@ class FakeQuant(Insertion):
 
         def watch(key: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                seen[key].append(_sample(inputs[0].detach(), _SAMPLED // max(len(batches), 1)))
+                rows = _rows(inputs[0].detach(), waiting[key].planned.axis)
+                seen[key].append(_sample(rows, _SAMPLED // max(len(batches), 1)))
 
             return hook
 
@@ -147,13 +150,13 @@ class FakeQuant(Insertion):
                 handle.remove()
         for key, quantizer in waiting.items():
             if seen[key]:
-                quantizer.fit(torch.cat(seen[key]))
+                quantizer.fit_rows(torch.cat(seen[key], 1))
 
     def fold(self, folding: Folding) -> None:
         """See `Insertion`."""
         for key, quantizer in self._quantizers().items():
             name, learned = self.names[key], quantizer.learned()
-            if name in folding.model.graph.initializers:
+            if folding.is_constant(name):
                 _fold_weight(folding, name, learned)
             else:
                 _fold_activation(folding, name, learned)
@@ -199,10 +202,13 @@ class Quantizer(nn.Module):
         return _Learned.apply(tensor, self.scale, self.zero_point, low, high, damping, self.planned.axis)  # pyright: ignore[reportReturnType]
 
     def fit(self, tensor: torch.Tensor) -> None:
-        """Take the range with the least mean squared error on `tensor` (the whole weight, or samples of a value)."""
+        """Take the range with the least mean squared error on a weight."""
+        rows = _rows(tensor, self.planned.axis)
+        self.fit_rows(_sample(rows, _SAMPLED) if self.planned.axis is None else rows)
+
+    def fit_rows(self, rows: torch.Tensor) -> None:
+        """Take the ranges with the least mean squared error on samples [scales, n]."""
         low, high = self.planned.limits
-        axis = self.planned.axis
-        rows = _sample(tensor, _SAMPLED)[None] if axis is None else tensor.movedim(axis, 0).flatten(1)
         scale, zero = _least_squares_range(rows.float(), low, high, symmetric=self.planned.signed)
         self._set(scale.to(self.base.device), zero.to(self.base.device))
         self.fitted = True
@@ -218,7 +224,7 @@ class Quantizer(nn.Module):
         saved = state_dict.get(f"{prefix}base")
         if saved is not None:
             if saved.shape != self.base.shape:
-                self._set(torch.ones_like(saved, device=self.base.device), torch.zeros_like(saved))
+                self._set(*(torch.ones_like(saved, device=self.base.device) for _ in range(2)))
             self.fitted = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
@@ -238,28 +244,28 @@ class _Learned(torch.autograd.Function):
         axis: int | None,
     ) -> torch.Tensor:
         step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
-        ctx.save_for_backward(tensor, scale, zero_point)
-        ctx.settings = low, high, damping, axis
         integers = torch.div(tensor.to(step.dtype), step).round_().add_(zero).clamp_(low, high)
-        return integers.sub_(zero).mul_(step).to(tensor.dtype)
+        result = integers.sub_(zero).mul_(step).to(tensor.dtype)
+        ctx.save_for_backward(tensor, result, scale, zero_point)
+        ctx.settings = low, high, damping, axis
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        tensor, scale, zero_point = ctx.saved_tensors
+        tensor, result, scale, zero_point = ctx.saved_tensors
         low, high, damping, axis = ctx.settings
         step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
-        ratio = torch.div(tensor.to(step.dtype), step)
-        integers = ratio.round().add_(zero)
-        inside = (integers >= low) & (integers <= high)
+        inside = (tensor >= (low - 0.5 - zero) * step) & (tensor <= (high + 0.5 - zero) * step)
         to_tensor = torch.where(inside, gradient, 0.0)
-        wide = gradient.to(step.dtype)
         to_scale = to_zero = None
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, integers - zero - ratio, integers.clamp(low, high) - zero)
-            to_scale = _summed(wide * slope, scale, axis) * damping
+            # dy/ds = (y - x) / s where nothing is clamped, y / s where it is
+            moved = torch.where(inside, tensor, 0.0).neg_().add_(result).mul_(gradient)
+            to_scale = _summed(moved, scale, axis) / scale * damping
         if ctx.needs_input_grad[2]:
-            to_zero = _summed(torch.where(inside, 0.0, -wide * step), zero_point, axis) * damping
+            clamped = _summed(gradient, scale, axis) - _summed(to_tensor, scale, axis)
+            to_zero = -clamped * scale * damping
         return to_tensor, to_scale, to_zero, None, None, None, None
 
 
@@ -276,9 +282,8 @@ def _shaped(
 
 def _summed(tensor: torch.Tensor, like: torch.Tensor, axis: int | None) -> torch.Tensor:
     """The sum over all axes but that of the scales, in the shape of the scales."""
-    if axis is None:
-        return tensor.sum().reshape(like.shape)
-    return tensor.sum([other for other in range(tensor.dim()) if other != axis % tensor.dim()]).reshape(like.shape)
+    axes = [other for other in range(tensor.dim()) if axis is None or other != axis % tensor.dim()]
+    return tensor.sum(axes, dtype=like.dtype).reshape(like.shape)
 
 
 def _zero_limits(plan: TensorPlan) -> tuple[int, int]:
@@ -308,11 +313,14 @@ def _least_squares_range(
     return best_scale, best_zero
 
 
-def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """At most about `count` elements, evenly taken."""
-    flat = tensor.reshape(-1)
-    stride = max(flat.numel() // max(count, 1), 1)
-    return flat[::stride]
+def _rows(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The elements that share a scale as rows, [scales, n]."""
+    return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def _sample(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most about `count` elements, evenly taken from all rows."""
+    return rows[:, :: max(rows.numel() // max(count, 1), 1)]
 
 
 def _fold_weight(folding: Folding, name: str, plan: TensorPlan) -> None:

@@ -14,10 +14,11 @@ from torch import nn
 from graphopt.errors import GraphoptError, LiftError
 from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.lifted import Insertion, LiftedModule
-from graphopt.ir.lower import Folding
+from graphopt.ir.lower import Folding, Link, attribute
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import Shape, tensor_shape
 from graphopt.ir.removal import remove_channels
+from graphopt.ir.rewrite import is_op
 from graphopt.train.places import linear_layers
 
 _SCOPES = ("layer", "global")
@@ -45,7 +46,7 @@ class Mask(Insertion):
         self._rule: _Rule | None = None
         self._ramp = 0.0
         self._selection: dict[str | ChannelGroup, list[int]] = {}
-        self._weights: list[nn.Parameter] = []
+        self._weights: list[torch.Tensor] = []
 
     @classmethod
     def unstructured(
@@ -148,7 +149,7 @@ class Mask(Insertion):
                 raise LiftError(f"the graph has no weight {name!r}", help="mask weights of the model that is lifted")
             lifted.place(name, f"{path}.masks.{key}")
         if self._rule is not None:
-            self._weights = [lifted.get_parameter(initializers[name]) for name in self.names.values()]
+            self._weights = [attribute(lifted, initializers[name]) for name in self.names.values()]
             self._choose(0.0 if self._ramp else 1.0)
 
     def advance(self, step: int, steps: int) -> None:
@@ -166,8 +167,7 @@ class Mask(Insertion):
     def fold(self, folding: Folding) -> None:
         """See `Insertion`."""
         for name, site in zip(self.names.values(), self._sites(), strict=True):
-            array = folding.constant(name)
-            folding.set_constant(name, np.where(site.mask.cpu().numpy(), array, np.zeros((), array.dtype)))
+            _fold_mask(folding, name, site.mask.cpu().numpy())
         if self._selection:
             folding.at_end(functools.partial(remove_channels, selection=self._selection))
 
@@ -195,6 +195,30 @@ class _Masked(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.where(self.mask, weight, 0.0)
+
+
+def _fold_mask(folding: Folding, name: str, mask: np.ndarray) -> None:
+    """Zeros in the weight, or in the integers that a quantizer has made of it, else a multiplication."""
+    stored = name if folding.is_constant(name) else _symmetric_integers(folding, name)
+    if stored is not None:
+        array = folding.constant(stored)
+        folding.set_constant(stored, np.where(mask, array, np.zeros((), array.dtype)))
+    else:
+        kept = folding.add_constant(f"{name}_mask", mask.astype(folding.element_type(name).numpy()))
+        folding.insert_after(name, [Link("Mul", [kept])])
+
+
+def _symmetric_integers(folding: Folding, name: str) -> str | None:
+    """The stored integers that a DequantizeLinear behind the weight reads, where integer 0 stands for 0."""
+    producer = folding.value(name).producer()
+    if producer is None or not is_op(producer, "DequantizeLinear"):
+        return None
+    integers, zero = producer.inputs[0], producer.inputs[2] if len(producer.inputs) > 2 else None
+    if integers is None or not integers.is_initializer() or len(integers.uses()) != 1:
+        return None
+    if zero is not None and (not zero.is_initializer() or folding.constant(zero.name or "").any()):
+        return None
+    return integers.name
 
 
 def _smallest(weights: list[torch.Tensor], share: float, *, sparsity: float, together: bool) -> list[torch.Tensor]:

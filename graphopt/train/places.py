@@ -122,6 +122,8 @@ def _view(
 
 def _bias(node: ir.Node, channel_axis: int, channels: int) -> tuple[ir.Value | None, ir.Value]:
     """The bias [channels] and the value after it: input 2, or the Add behind a MatMul."""
+    if is_op(node, "Gemm") and channel_axis == 0:  # its bias lies along the other axis
+        return None, node.outputs[0]
     if not is_op(node, "MatMul"):
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return (bias if bias is not None and bias.is_initializer() else None), node.outputs[0]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, LiftError
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.lifted import Insertion, LiftedModule
 from graphopt.ir.lower import Folding, Link
@@ -105,12 +105,12 @@ class Scale(Insertion):
         values = self.values()
         for name, axis in self.axes.items():
             if not _fold_into_producer(folding, name, values[name]):
-                value = folding.value(name)
-                rank = len(value.shape) if value.shape is not None else axis + 1
-                shape = [1] * rank
-                shape[axis] = -1
+                known = folding.value(name).shape
+                if known is None and axis >= 0:
+                    raise LiftError("the rank of a gated value is unknown", where=name, help="count axes from the end")
+                behind = -axis - 1 if axis < 0 or known is None else len(known) - axis - 1
                 dtype = folding.element_type(name).numpy()
-                gate = folding.add_constant(f"{name}_gate", values[name].astype(dtype).reshape(shape))
+                gate = folding.add_constant(f"{name}_gate", values[name].astype(dtype).reshape(-1, *[1] * behind))
                 folding.insert_after(name, [Link("Mul", [gate])])
 
     def _sites(self) -> dict[str, _Gate]:
@@ -166,6 +166,9 @@ def _fold_into_producer(folding: Folding, name: str, gate: np.ndarray) -> bool:
     layer = next((layer for layer in linear_layers(folding.model) if layer.result is value), None)
     if layer is None or layer.output_axis is None or not _owned(layer):
         return False
+    around = (*layer.node.inputs, layer.weight, layer.bias, layer.node.outputs[0])
+    if any(part.name in folding.later for part in around if part not in (None, layer.data, layer.result)):
+        return False  # an insertion that is folded later is to see the weights without the gate
     shape = [1] * len(layer.weight_shape)
     shape[layer.output_axis] = -1
     for stored, factor in ((layer.weight, gate.reshape(shape)), (layer.bias, gate)):
@@ -188,15 +191,21 @@ def _owned(layer: LinearLayer) -> bool:
     if has_bias and (layer.bias is None or stored_shape(layer.bias) != (layer.channels,)):
         return False
     operand = next(value for value in layer.node.inputs if value is not None and value is not layer.data)
-    return all(len(value.uses()) == 1 for value in (layer.weight, operand, layer.bias) if value is not None)
+    return all(_read_once(value) for value in (layer.weight, operand, layer.bias) if value is not None)
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _fold_into_normalization(folding: Folding, node: ir.Node, gate: np.ndarray) -> bool:
     scale, shift = node.inputs[1:3]
-    if any(constant(value) is None or len(value.uses()) != 1 for value in (scale, shift) if value is not None):
-        return False
     assert scale is not None
     assert shift is not None
+    if any(constant(value) is None or not _read_once(value) for value in (scale, shift)):
+        return False
+    if scale.name in folding.later or shift.name in folding.later:
+        return False  # as in `_fold_into_producer`
     for value in (scale, shift):
         folding.set_constant(value.name or "", folding.constant(value.name or "") * gate)
     return True

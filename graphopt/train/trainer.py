@@ -263,7 +263,8 @@ class Trainer:
             self._scaler.scale(loss).backward()
         if not self._checked:
             self._check_gradients(inputs)
-        self._update()
+        if loss.requires_grad:  # not where a branch without parameters ran
+            self._update()
         self._history.append(value)
 
     def _loss(self, batch: Batch, inputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -84,6 +84,7 @@ def test_integers_cannot_be_trained() -> None:
     [
         *("w", "a.b.c", "onnx::MatMul_3", "a..b", ".", "training", "forward", "weight", "graph", "_anchor", "type"),
         *("insertions", "class", "1.2", 'x"); import os; ("', "a\\b", "ü", "with space", "T_destination", "a/b:0"),
+        *("device", "dtype", "place", "run_feeds"),
     ],
 )
 def test_any_name_of_a_weight_survives(name: str) -> None:
@@ -112,7 +113,7 @@ def test_a_name_and_a_prefix_of_it_may_both_exist() -> None:
     assert agrees(model, lifted, {"x": np.ones((3, 2), np.float32)})
 
 
-@pytest.mark.parametrize("name", ["x", "input.1", "in", "self", "2", 'x"; 1', "a:b"])
+@pytest.mark.parametrize("name", ["x", "input.1", "in", "self", "2", 'x"; 1', "a:b", "torch", "getattr"])
 def test_any_name_of_an_input_survives(name: str) -> None:
     model = parsed(CHAIN)
     model.graph.inputs[0].name = name
@@ -128,6 +129,38 @@ def test_inputs_by_name_and_several_outputs() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
     for outputs in (lifted(a, b), lifted(b=b, a=a), tuple(lifted.run_feeds({"b": b, "a": a}).values())):
         assert [output.tolist() for output in outputs] == [[4, 7], [-2, -3]]
+
+
+@pytest.mark.parametrize(
+    "names", [("X", "x"), ("input", "input_1"), ("input_1", "input"), ("input", "input_"), ("x.1", "x_1")]
+)
+def test_inputs_of_similar_names_stay_apart(names: tuple[str, str]) -> None:
+    """torch.fx writes names in lower case and numbers those of builtins: one was overwritten by the other."""
+    model = parsed("(float[2] a, float[2] b) => (float[2] y) { y = Sub(a, b) }")
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
+    lifted = copy.deepcopy(graphopt.lift(model))
+    feeds = dict(zip(names, np.array([[1, 2], [10, 20]], np.float32), strict=True))
+    assert lifted.run_feeds(feeds)["y"].tolist() == [-9, -18]
+
+
+def test_names_of_attributes_are_no_code() -> None:
+    """They become keywords of generated code, and nobody checks them for operators outside of ONNX."""
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        g (float[1,1,3,3] x) => (float[1,1,3,3] y) <float[1,1,1,1] w = {2}> { y = com.microsoft.FusedConv(x, w) }""")
+    model.graph[0].attributes.add(ir.AttrInt64("group = print(), strides", 1))
+    with pytest.raises(LiftError, match="an attribute of FusedConv is named"):
+        graphopt.lift(graphopt.load(model))
+
+
+def test_what_is_read_as_numbers_is_no_parameter() -> None:
+    """Training would move it in one place, and not in the other."""
+    body = """(float[1,2,4,4] x) => (float[1,2,a,b] y) <float[4] scales = {1, 1, 2, 2}>
+        { k = Mul(x, scales) y = Resize<mode = "nearest">(k, , scales) }"""
+    assert not graphopt.lift(parsed(body)).interface.trainable
+    alone = parsed(body.replace("Mul(x, scales)", "Neg(x)"))
+    with pytest.raises(LiftError, match="read as numbers"):
+        graphopt.lift(alone, trainable=["scales"])
 
 
 def test_the_code_is_readable() -> None:
@@ -206,6 +239,24 @@ def test_further_outputs() -> None:
         lifted.with_outputs(["nowhere"])
 
 
+def test_further_outputs_share_buffers_that_move() -> None:
+    model = parsed("""(float[n,2] x) => (float[n,2] y) <float[2] g = {1, 1}, float[2] b = {0, 0}, float[2] m = {1, 0},
+        float[2] v = {1, 2}> { h = Neg(x) y = BatchNormalization(h, g, b, m, v) }""")
+    lifted = graphopt.lift(model)
+    tapped = lifted.with_outputs(["h"])
+    data = torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(tapped.to(torch.float64)(data)[0], lifted(data))
+    assert lifted.dtype == torch.float64
+    tapped.train()(data)
+    assert lifted.get_buffer("m").tolist() == tapped.get_buffer("m").tolist() != [1, 0]
+
+
+def test_sizes_on_the_host_are_no_outputs() -> None:
+    lifted = graphopt.lift(parsed("(float[n,m] x) => (float[n,m] y) { s = Shape(x) y = Reshape(x, s) }"))
+    with pytest.raises(LiftError, match="computed on the host"):
+        lifted.with_outputs(["s"])
+
+
 def test_the_type_of_a_cast_follows_the_module() -> None:
     model = parsed("""(int64[3] i, float[3] x) => (float[3] y) <float[3] w = {1, 2, 3}>
         { f = Cast<to = 1>(i) a = Mul(f, x) y = Mul(a, w) }""")
@@ -272,6 +323,18 @@ def test_control_flow_runs_and_trains(body: str) -> None:
         gradient = lifted.get_parameter("w").grad
         assert gradient is not None
         assert gradient.abs().sum() > 0
+
+
+def test_a_loop_without_iterations_keeps_types_and_shapes() -> None:
+    model = parsed("""(int64 trips, float[2] x) => (float[2] y, int64[n,1] all) <bool yes = {1}, int64[1] zero = {0}> {
+        y, all = Loop(trips, yes, x) <body = b (int64 i, bool c, float[2] v) => (bool d, float[2] u, int64[1] s)
+            { d = Identity(c) u = Neg(v) s = Unsqueeze(i, zero) }> }""")
+    lifted = graphopt.lift(model)
+    for trips in (0, 2):
+        feeds = {"trips": np.array(trips), "x": np.ones(2, np.float32)}
+        assert agrees(model, lifted, feeds)
+        every = lifted.run_feeds(feeds)["all"]
+        assert (every.dtype, list(every.shape)) == (torch.int64, [trips, 1])
 
 
 def test_operators_without_a_torch_function_are_all_named() -> None:

@@ -61,3 +61,12 @@ def test_optimize_keeps_the_reference_output() -> None:
     result = graphopt.optimize(path, recipe="exact", quiet=True)
     assert within_exact([expected_of(path)], result.session().run(None, feeds_of(path)))
     assert not result.report.missed
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_lifted_gives_the_reference_output(name: str) -> None:
+    path = path_of(name)
+    (found,) = graphopt.lift(graphopt.load(path)).run_feeds(feeds_of(path)).values()
+    assert within_exact([expected_of(path)], [found.detach().numpy()])

@@ -139,11 +139,12 @@ TorchRule = Callable[..., Any] | TorchFunction
 * Attributes that the node has are keywords of the same name; the signature holds the defaults of ONNX. Tensor
   attributes arrive as (nested) lists, subgraphs as callables that take the values of the body's inputs.
 * A signature that names them is also given `outputs` (number of outputs of the node), `training` (whether the
-  module is in training mode), `device` (where the module is; for ops that make tensors out of nothing) and
-  `element_type` (`onnx_ir.DataType` of output 0, as a number).
-* Where `element_type`, or an attribute `to` or `dtype`, is the float type that the weights of the model have, the
-  function is given the `torch.dtype` that the module has now instead of the number: a model cast to bfloat16 computes
-  in bfloat16 throughout. `dtypes.torch_dtype` takes both.
+  module is in training mode), `device` (where the module is; for ops that make tensors out of nothing),
+  `element_type` (`onnx_ir.DataType` of output 0, as a number) and `results` (a pair of element type and shape for each
+  output; sizes that are not known are 0).
+* Where an element type of these, or an attribute `to` or `dtype`, is the float type that the weights of the model
+  have, the function is given the `torch.dtype` that the module has now instead of the number: a model cast to bfloat16
+  computes in bfloat16 throughout. `dtypes.torch_dtype` takes both.
 * Returns the tensor of a node with one output, else a tuple with an entry an output. dtypes are those of ONNX.
 * Nothing is changed in place, but for running statistics while `training`. New tensors live on the inputs' device.
 """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graphopt.ir.ops.torch.dtypes import ElementType, torch_dtype
 from graphopt.ir.ops.torch.operands import Numbers, number
 
 Body = Callable[..., tuple[Any, ...]]
@@ -25,6 +26,7 @@ def loop(
     body: Body,
     outputs: int = 1,
     device: torch.device | None = None,
+    results: Sequence[tuple[ElementType, Sequence[int]]] = (),
 ) -> Any:
     """Loop 1 to 25: final carried values, then what every iteration put out, stacked along a new axis 0."""
     limit = None if trips is None else int(number(trips))
@@ -40,7 +42,11 @@ def loop(
         for kept, value in zip(collected, result[1 + len(carried) :], strict=False):
             kept.append(value)
         iteration += 1
-    stacked = [torch.stack(kept) if kept else torch.empty(0, device=device) for kept in collected]
+    types = list(results)[len(carried) :] or [(torch.float32, [0])] * len(collected)
+    stacked = [
+        torch.stack(kept) if kept else torch.empty([0, *shape[1:]], dtype=torch_dtype(element_type), device=device)
+        for kept, (element_type, shape) in zip(collected, types, strict=True)
+    ]
     return _results((*carried, *stacked), outputs)
 
 

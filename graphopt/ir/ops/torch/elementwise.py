@@ -32,6 +32,17 @@ acosh = torch.acosh
 atanh = torch.atanh
 not_ = torch.logical_not
 equal = torch.eq
+add = unsigned.wrapping(torch.add)
+sub = unsigned.wrapping(torch.sub)
+mul = unsigned.wrapping(torch.mul)
+bitwise_and = unsigned.wrapping(torch.bitwise_and)
+bitwise_or = unsigned.wrapping(torch.bitwise_or)
+bitwise_xor = unsigned.wrapping(torch.bitwise_xor)
+bitwise_not = unsigned.wrapping(torch.bitwise_not)
+greater = unsigned.comparing(torch.gt)
+greater_or_equal = unsigned.comparing(torch.ge)
+less = unsigned.comparing(torch.lt)
+less_or_equal = unsigned.comparing(torch.le)
 where = torch.where
 and_ = torch.logical_and
 or_ = torch.logical_or
@@ -57,24 +68,6 @@ def is_inf(x: torch.Tensor, *, detect_negative: int = 1, detect_positive: int = 
     if detect_negative:
         return torch.isinf(x) & (x.float() < 0)
     return torch.zeros_like(x, dtype=torch.bool)
-
-
-@unsigned.widens(torch.add)
-def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add 14."""
-    return unsigned.modular(torch.add, a, b) if a.dtype in unsigned.SIGNED else torch.add(a, b)
-
-
-@unsigned.widens(torch.mul)
-def mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mul 14."""
-    return unsigned.modular(torch.mul, a, b) if a.dtype in unsigned.SIGNED else torch.mul(a, b)
-
-
-@unsigned.widens(torch.sub)
-def sub(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Sub 14."""
-    return unsigned.modular(torch.sub, a, b) if a.dtype in unsigned.SIGNED else torch.sub(a, b)
 
 
 def div(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -129,54 +122,6 @@ def clip(x: torch.Tensor, minimum: torch.Tensor | None = None, maximum: torch.Te
         low, high = (None if bound is None else unsigned.ordered(bound) for bound in (minimum, maximum))
         return unsigned.unordered(torch.clamp(unsigned.ordered(x), low, high), x.dtype)
     return torch.clamp(x, minimum, maximum)
-
-
-@unsigned.widens(torch.gt)
-def greater(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Greater 13."""
-    return torch.gt(unsigned.ordered(a), unsigned.ordered(b))
-
-
-@unsigned.widens(torch.ge)
-def greater_or_equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """GreaterOrEqual 16."""
-    return torch.ge(unsigned.ordered(a), unsigned.ordered(b))
-
-
-@unsigned.widens(torch.lt)
-def less(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Less 13."""
-    return torch.lt(unsigned.ordered(a), unsigned.ordered(b))
-
-
-@unsigned.widens(torch.le)
-def less_or_equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """LessOrEqual 16."""
-    return torch.le(unsigned.ordered(a), unsigned.ordered(b))
-
-
-@unsigned.widens(torch.bitwise_and)
-def bitwise_and(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """BitwiseAnd 18."""
-    return unsigned.modular(torch.bitwise_and, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_and(a, b)
-
-
-@unsigned.widens(torch.bitwise_or)
-def bitwise_or(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """BitwiseOr 18."""
-    return unsigned.modular(torch.bitwise_or, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_or(a, b)
-
-
-@unsigned.widens(torch.bitwise_xor)
-def bitwise_xor(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """BitwiseXor 18."""
-    return unsigned.modular(torch.bitwise_xor, a, b) if a.dtype in unsigned.SIGNED else torch.bitwise_xor(a, b)
-
-
-@unsigned.widens(torch.bitwise_not)
-def bitwise_not(x: torch.Tensor) -> torch.Tensor:
-    """BitwiseNot 18."""
-    return unsigned.modular(torch.bitwise_not, x) if x.dtype in unsigned.SIGNED else torch.bitwise_not(x)
 
 
 def bit_shift(x: torch.Tensor, y: torch.Tensor, *, direction: str) -> torch.Tensor:

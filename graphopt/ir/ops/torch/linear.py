@@ -11,11 +11,7 @@ from graphopt.ir.ops.torch import unsigned
 from graphopt.ir.ops.torch.integers import accumulated, requantized
 from graphopt.ir.ops.torch.named_activations import activation_function
 
-
-@unsigned.widens(torch.matmul)
-def mat_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """MatMul 13: the matrix product of numpy."""
-    return unsigned.modular(torch.matmul, a, b) if a.dtype in unsigned.SIGNED else torch.matmul(a, b)
+mat_mul = unsigned.wrapping(torch.matmul)
 
 
 def gemm(

@@ -7,7 +7,6 @@ they have the same order. The functions here go by these two ways, so that they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -20,14 +19,34 @@ PLAIN = "plain"
 _LARGEST = torch.iinfo(torch.int64).max
 
 
-def widens(plain: Callable[..., torch.Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks a function that adds wide unsigned integers to `plain`, which the lift calls for all other types."""
+Function = Callable[..., torch.Tensor]
 
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        setattr(function, PLAIN, plain)
-        return function
 
-    return mark
+def wrapping(plain: Function) -> Function:
+    """A function of torch that is right modulo 2**bits (sums, products, bits), for wide unsigned tensors too."""
+
+    def function(*operands: torch.Tensor) -> torch.Tensor:
+        return modular(plain, *operands) if operands[0].dtype in SIGNED else plain(*operands)
+
+    return _extending(plain, function)
+
+
+def comparing(plain: Function) -> Function:
+    """A function of torch that depends on the order of its operands only, for wide unsigned tensors too."""
+
+    def function(*operands: torch.Tensor) -> torch.Tensor:
+        return plain(*map(ordered, operands))
+
+    return _extending(plain, function)
+
+
+def _extending(
+    plain: Callable[..., torch.Tensor], function: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """Named like what it extends, for the generated code, and remembering it: the lift calls that for other types."""
+    function.__name__ = function.__qualname__ = f"wide_{plain.__name__}"
+    setattr(function, PLAIN, plain)
+    return function
 
 
 def modular(function: Callable[..., torch.Tensor], *operands: torch.Tensor) -> torch.Tensor:
