@@ -22,6 +22,7 @@ from graphopt.ir.channel_analysis import nodes_below, subgraphs_of
 from graphopt.ir.lifted import ANCHOR, NODE, VALUE, LiftedModule
 from graphopt.ir.ops.row import OpRow, OpTable, TorchFunction
 from graphopt.ir.ops.torch import sizes
+from graphopt.ir.ops.torch.dtypes import following, torch_dtype
 from graphopt.ir.ops.torch.unsigned import PLAIN
 
 _LARGEST_HOST_VECTOR = 256
@@ -296,7 +297,15 @@ class _GraphLift:
         return self._element_type(value.dtype or ir.DataType.FLOAT), sizes_known
 
     def _element_type(self, dtype: ir.DataType) -> Any:
-        return self._of_anchor("dtype") if dtype == self._float else int(dtype)
+        if dtype == self._float:
+            return self._of_anchor("dtype")
+        if not dtype.is_floating_point() or dtype.bitwidth < 16:
+            return int(dtype)
+        key = f"following {dtype.name}"
+        if key not in self._shared:
+            types = torch_dtype(self._float), torch_dtype(dtype)
+            self._shared[key] = self._graph.call_function(following, (self._of_anchor("dtype"), *types))
+        return self._shared[key]
 
     def _device(self) -> fx.Node:
         return self._of_anchor("device")

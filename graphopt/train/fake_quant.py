@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -365,7 +366,9 @@ def _clamp(folding: Folding, name: str, plan: TensorPlan, low: np.ndarray, high:
 
 
 def _parameters(folding: Folding, name: str, plan: TensorPlan, dtype: np.dtype[Any]) -> list[ir.Value]:
-    scale, zero = np.asarray(plan.scale, dtype), np.asarray(plan.zero_point, plan.dtype)
+    smallest = float(ml_dtypes.finfo(dtype).tiny)  # a scale of 0 would make its channel 0
+    scale = np.maximum(np.asarray(plan.scale), smallest).astype(dtype)
+    zero = np.asarray(plan.zero_point, plan.dtype)
     shape = () if plan.axis is None else (-1,)
     return [
         folding.add_constant(f"{name}_scale", scale.reshape(shape)),

@@ -266,6 +266,15 @@ def test_the_type_of_a_cast_follows_the_module() -> None:
     assert output.tolist() == [0, 2, 6]
 
 
+def test_a_second_float_type_follows_when_the_module_is_cast() -> None:
+    model = parsed("""(float[2] x) => (float[2] y) <float[2] w = {1, 2}, float16[2] v = {3, 4}>
+        { a = Mul(x, w) b = Cast<to = 10>(a) c = Mul(b, v) y = Cast<to = 1>(c) }""")
+    lifted = graphopt.lift(model)
+    assert lifted.with_outputs(["c"])(torch.ones(2))[1].dtype == torch.float16
+    assert lifted.to(torch.bfloat16)(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert lifted.with_outputs(["c"])(torch.ones(2, dtype=torch.bfloat16))[1].dtype == torch.bfloat16
+
+
 def test_types_that_torch_lacks() -> None:
     model = parsed("""(float[4] x) => (float[4] y) <float s = {0.5}, int4 z = {0}>
         { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }""")

@@ -61,3 +61,14 @@ def integer_range(element_type: int) -> tuple[int, int]:
         return _NARROW_RANGES[element_type]
     limits = torch.iinfo(torch_dtype(element_type))
     return limits.min, limits.max
+
+
+def following(now: torch.dtype, reference: torch.dtype, own: torch.dtype) -> torch.dtype:
+    """The dtype of a float that is not of the model's main type: its own, until the module is cast to another one.
+
+    Args:
+        now: the main dtype of the module.
+        reference: the main dtype of the ONNX model.
+        own: what the operator says.
+    """
+    return own if now == reference else now
