@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from graphopt.errors import TrainingError
+from graphopt.errors import GraphoptError, TrainingError
 from graphopt.export.write import save
 from graphopt.ir.lift import lift
+from graphopt.ir.ops.row import OpTable
 from graphopt.ir.session import open_session
 from graphopt.optimize import Result, canonical_form
 from graphopt.pipeline import Evaluate, measure_metric
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 
     from graphopt.ir.lifted import Insertion, LiftedModule
     from graphopt.train.trainer import Outcome
+
+_COMPARED_SAMPLES = 32
+"""Samples of the last batch on which onnxruntime is held against the trained module."""
+_COMPARED_ERROR = 0.02
+"""Root mean square error, relative to the output's, above which onnxruntime computes something else."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,10 @@ class Recovery:
         seconds: wall clock time, measurements included.
         module: what was trained, with its insertions and the weights of `model`, in evaluation mode.
         target: "cpu" or "cuda", where sessions run.
+        table: the op rows that were passed, or None.
     """
 
-    model: ir.Model
+    model: ir.Model = field(repr=False)
     original: ir.Model = field(repr=False)
     history: tuple[tuple[int, float], ...] = field(repr=False)
     metrics: tuple[tuple[int, float], ...]
@@ -51,6 +59,7 @@ class Recovery:
     seconds: float
     module: LiftedModule = field(repr=False)
     target: str = "cpu"
+    table: OpTable | None = field(default=None, repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trained model, whole or not at all. Raises `WriteError` where the path cannot be written."""
@@ -62,7 +71,7 @@ class Recovery:
 
     def to_torch(self) -> LiftedModule:
         """The trained model as a torch module, as `graphopt.lift` makes it."""
-        return lift(self.model)
+        return lift(self.model, table=self.table)
 
     def __str__(self) -> str:
         rows = [("steps", f"{len(self.history)} in {self.seconds:.1f} s, weights after {self.best_step} kept")]
@@ -103,6 +112,7 @@ def recover(
     checkpoint_every: int | None = None,
     resume: bool = False,
     seed: int = 0,
+    table: OpTable | None = None,
     quiet: bool = False,
 ) -> Recovery:
     """Train an optimized model for a short while, so that it does what the original did.
@@ -147,6 +157,8 @@ def recover(
         resume: go on from the checkpoint, where there is one, as if never interrupted. Pass the same arguments, and
             data that begins from its beginning.
         seed: of all random numbers in the run, those of `data` included. The caller's generators stay as they are.
+        table: op rows, for lifting subject and teacher and for lowering; `default_table().with_rows([...])` adds custom
+            operators. None is the default table. A checkpoint does not ask for the same one.
         quiet: show no progress on the terminal.
 
     Raises:
@@ -180,7 +192,7 @@ def recover(
         warmup=warmup,
         schedule=schedule,
         match=_pairs(match),
-        insertions=dict(insertions or {}),
+        insertions={} if insertions is None else insertions,
         trainable=None if trainable is None else _names("trainable", trainable),
         norm=norm,
         precision=precision,
@@ -192,6 +204,7 @@ def recover(
         checkpoint_every=checkpoint_every,
         resume=resume,
         seed=seed,
+        table=table,
     )
     return _run(subject, graph, target, data, settings, _teacher_of(subject, graph, teacher, settings), quiet=quiet)
 
@@ -210,7 +223,10 @@ def _run(
 
         outcome = train(graph, data, settings, teacher, watch)
     error = outcome.error
-    recovery = None if outcome.model is None else _recovery(outcome, outcome.model, original, target)
+    recovery = None if outcome.model is None else _recovery(outcome, outcome.model, original, target, settings.table)
+    if recovery is not None and error is None and settings.insertions:
+        note = _runtime_note(recovery, outcome.feeds)
+        recovery = recovery if note is None else replace(recovery, notes=(*recovery.notes, note))
     if error is not None:
         error.recovery = recovery
         raise error
@@ -218,7 +234,7 @@ def _run(
     return recovery
 
 
-def _recovery(outcome: Outcome, model: ir.Model, original: ir.Model, target: str) -> Recovery:
+def _recovery(outcome: Outcome, model: ir.Model, original: ir.Model, target: str, table: OpTable | None) -> Recovery:
     return Recovery(
         model=model,
         original=original,
@@ -229,7 +245,49 @@ def _recovery(outcome: Outcome, model: ir.Model, original: ir.Model, target: str
         seconds=outcome.seconds,
         module=outcome.module,
         target=target,
+        table=table,
     )
+
+
+def _runtime_note(recovery: Recovery, feeds: Mapping[str, torch.Tensor]) -> str | None:
+    """A sentence where onnxruntime computes something else of these inputs than the module that was trained."""
+    import torch
+
+    from graphopt.ir.lifted import as_array
+    from graphopt.train.batches import first_samples
+    from graphopt.train.randomness import untouched
+
+    if not feeds:
+        return None
+    module, shown = recovery.module, first_samples(recovery.model, feeds, _COMPARED_SAMPLES)
+    try:
+        session = open_session(recovery.model, target=recovery.target, threads=0)
+        found = session.run_feeds({name: as_array(tensor) for name, tensor in shown.items()})
+        with untouched(module.device), torch.no_grad():
+            expected = [as_array(tensor) for tensor in module.run_feeds(shown).values()]
+    except Exception as error:  # the trained weights are worth more than this comparison
+        what = error.what if isinstance(error, GraphoptError) else f"{type(error).__name__}: {error}"
+        return f"whether onnxruntime computes what was trained is unknown: {what}"
+    worst = max(map(_difference, found, expected), default=0.0)
+    if worst <= _COMPARED_ERROR:
+        return None
+    note = f"onnxruntime computes something else than the trained module on this machine (rms {worst:.2f} of the output's scale)"
+    if not any(node.op_type == "DequantizeLinear" for node in recovery.model.graph):
+        return note
+    return f"{note}: int8 kernels of x86 without VNNI saturate; train with weight_bits=7 and edge_bits=7"
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square error relative to the root mean square of what is expected, where that is finite; 0 of integers."""
+    if found.dtype.kind in "biuOSU" or not found.size:
+        return 0.0
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    known = np.isfinite(expected)
+    error, scale = np.square(found - expected)[known], np.square(expected)[known]
+    if not error.any():
+        return 0.0
+    ratio = float(np.sqrt(error.sum() / (scale.sum() or 1.0)))
+    return ratio if np.isfinite(ratio) else float("inf")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ from graphopt.ir.ops.torch.dtypes import torch_dtype
 from graphopt.ir.propagate import BUFFER, LITERAL
 
 _EXPONENT_OF = "Pow"
-_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum", "Where", "Clip", "Mod"}
+_ARITHMETIC = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum", "Where", "Clip", "Mod"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Ceil", "Floor", "Round", "Sign"),
+}
 """Operators whose operands are numbers in the code, not parameters, where they have one element or are literals."""
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import DataError, LiftError
-from graphopt.ir.ops.torch.dtypes import torch_dtype
+from graphopt.ir.ops.torch.dtypes import following, torch_dtype
 from graphopt.ir.ops.torch.sizes import HOST
 
 if TYPE_CHECKING:
@@ -144,8 +144,11 @@ class LiftedModule(fx.GraphModule):
         for name, element_type in zip(inputs, self.interface.element_types, strict=True):
             tensor = as_tensor(feeds[name]).to(self.device)
             reference = torch_dtype(element_type) if element_type is not None else tensor.dtype
-            follows = reference == self.reference_dtype
-            tensors.append(tensor.to(self.dtype if follows else reference))
+            if reference == self.reference_dtype:
+                reference = self.dtype
+            elif reference.is_floating_point and reference.itemsize >= 2:
+                reference = following(self.dtype, self.reference_dtype, reference)
+            tensors.append(tensor.to(reference))
         return tensors
 
     @property
@@ -180,6 +183,8 @@ class LiftedModule(fx.GraphModule):
         Raises:
             LiftError: there is no value of such a name, or it is a size.
         """
+        if isinstance(values, str):
+            raise LiftError("values is one string", help=f"give a list: with_outputs([{values!r}])")
         graph = fx.Graph()
         nodes: dict[fx.Node, fx.Node] = {}
         returned = graph.graph_copy(self.graph, nodes)

@@ -199,6 +199,21 @@ class Batches:
         }
 
 
+def first_samples(model: ir.Model, feeds: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The first samples of a batch, at most `count`, where axis 0 is that of samples: one dynamic size in all inputs.
+
+    Returns:
+        The feeds, whole where the inputs do not share axis 0.
+    """
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in feeds.values()}
+    fixed = any(
+        value.shape is None or not value.shape or isinstance(value.shape[0], int) for value in model_inputs(model)
+    )
+    if len(sizes) != 1 or fixed:
+        return dict(feeds)
+    return {name: tensor[:count] for name, tensor in feeds.items()}
+
+
 def fit_tensor(given: Any, value: ir.Value, where: str) -> torch.Tensor:
     """An array or tensor as a tensor in the dtype of an input.
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from graphopt.errors import TrainingError
 from graphopt.ir.lift import lift
 from graphopt.ir.lifted import LiftedModule
+from graphopt.ir.ops.row import OpTable
 
 _CONSTANT = 1e-6
 """A teacher whose variance is below this share of its mean square is taken for constant."""
@@ -89,7 +90,7 @@ def distillation_loss(
         A scalar.
 
     Raises:
-        TrainingError: numbers or shapes differ, or no tensor is float.
+        TrainingError: numbers or shapes differ, no tensor is float, or "kl" has an output without classes.
 
     Example:
         >>> distillation_loss(torch.zeros(4, 3), torch.ones(4, 3))
@@ -104,15 +105,22 @@ def distillation_loss(
         )
     parts: list[torch.Tensor] = []
     for index, (ours, theirs) in enumerate(zip(students, teachers, strict=True)):
+        name = names[index] if index < len(names) else f"output {index}"
         if not ours.is_floating_point() or not theirs.is_floating_point():
             continue
         if ours.shape != theirs.shape:
             raise TrainingError(
                 f"the student's shape is {list(ours.shape)}, the teacher's {list(theirs.shape)}",
-                where=names[index] if index < len(names) else f"output {index}",
+                where=name,
                 help="match tensors of equal shape, and teach with a model of the same outputs",
             )
         soft = kind == "kl" and index < len(students) - matched
+        if soft and (ours.ndim < 2 or ours.shape[-1] == 1):
+            raise TrainingError(
+                f"'kl' needs classes on the last axis, and the shape of {name} is {list(ours.shape)}",
+                where="distillation",
+                help='use distillation="mse"',
+            )
         parts.append(soft_label_loss(ours, theirs, temperature) if soft else relative_error(ours, theirs))
     if not parts:
         raise TrainingError("no output is a float, so there is nothing to distil", help="name tensors in `match`")
@@ -136,15 +144,20 @@ class GraphTeacher:
     """An ONNX graph as teacher: lifted, in evaluation mode, asked for the student's outputs and matched values."""
 
     def __init__(
-        self, model: ir.Model, student: LiftedModule, matched: Sequence[str], device: str | torch.device
+        self,
+        model: ir.Model,
+        student: LiftedModule,
+        matched: Sequence[str],
+        device: str | torch.device,
+        table: OpTable | None = None,
     ) -> None:
-        """Lift the teacher.
+        """Lift the teacher, by the op rows of `table`.
 
         Raises:
             TrainingError: its inputs or outputs are not those of the student.
             LiftError: an operator has no torch function, or a matched value is not in the teacher.
         """
-        module = lift(model)
+        module = lift(model, table=table)
         self._order = self._outputs(module, student)
         self._inputs = self._fitting(module, student)
         if module.dtype.itemsize < 4:
@@ -209,6 +222,22 @@ class ModuleTeacher:
         if isinstance(outputs, Mapping) and set(self._names) <= set(outputs):
             return [outputs[name] for name in self._names]
         return tensors_of(outputs)
+
+
+def ask_teacher(
+    teacher: Teacher, feeds: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], where: str
+) -> list[torch.Tensor]:
+    """What the teacher says; what it raises becomes a `TrainingError`, `where` being the step."""
+    try:
+        return teacher(feeds, inputs)
+    except Exception as error:  # torch raises many types
+        shapes = ", ".join(f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in inputs)
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise TrainingError(
+            f"the teacher failed: {type(error).__name__}: {cause}",
+            where=where,
+            help=f"it is called with the inputs of the model that is trained, in their order: {shapes}",
+        ) from error
 
 
 def tensors_of(outputs: Any) -> list[torch.Tensor]:

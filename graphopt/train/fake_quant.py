@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from graphopt.errors import LiftError
+from graphopt.errors import GraphoptError, LiftError
 from graphopt.ir.lifted import Insertion, LiftedModule
 from graphopt.ir.lower import Folding, Link, attribute
 from graphopt.ir.quantizer import TensorPlan
@@ -24,6 +24,7 @@ _CANDIDATES = 100
 _SAMPLED = 2**18
 """Elements of a tensor that its range is found on."""
 _SMALLEST_SCALE = 1e-8
+_FEWEST_BITS, _MOST_BITS = 2, 8
 
 
 class FakeQuant(Insertion):
@@ -48,7 +49,8 @@ class FakeQuant(Insertion):
         learn: whether scales and zero points are trained.
 
     Raises:
-        LiftError: on insertion, a tensor that the graph does not have, or two plans for one.
+        LiftError: a width that is not from 2 to 8, two plans for one tensor; on insertion, a tensor that the graph does
+            not have, or that has a quantizer already.
 
     Example:
         >>> import graphopt
@@ -69,6 +71,12 @@ class FakeQuant(Insertion):
         self.names: dict[str, str] = {}
         self.quantizers = nn.ModuleDict()
         for number, entry in enumerate(plans):
+            if entry.bits not in range(_FEWEST_BITS, _MOST_BITS + 1):
+                raise LiftError(
+                    f"a quantizer of {entry.bits} bits",
+                    where=entry.name,
+                    help=f"{_FEWEST_BITS} to {_MOST_BITS} are there",
+                )
             if entry.name in self.names.values():
                 raise LiftError("two quantizers for one tensor", where=entry.name, help="give each tensor one plan")
             key = f"q{number}"
@@ -89,8 +97,20 @@ class FakeQuant(Insertion):
             edge_bits: bits of the weights and inputs of the first and the last linear layers (those that read a
                 graph input, and those whose result no other linear layer depends on), as is usual below 8 bits.
             learn: see `FakeQuant`.
+
+        Raises:
+            GraphoptError: the model has no linear layer with a stored float weight.
+
+        On x86 without VNNI onnxruntime's int8 kernels saturate with 8-bit weights: use 7 for `weight_bits` and
+        `edge_bits` there.
         """
         layers = linear_layers(model)
+        if not layers:
+            raise GraphoptError(
+                "no linear layer has a stored float weight",
+                where=model.graph.name,
+                help="weights must be initializers, directly or behind a Transpose or Cast; or pass a plan of your own",
+            )
         edges = {layer.node for layer in layers if _is_edge(layer, layers)}
         plans: dict[str, TensorPlan] = {}
         for layer in layers:
@@ -117,6 +137,9 @@ class FakeQuant(Insertion):
         initializers = lifted.interface.initializers
         for key, quantizer in self._quantizers().items():
             name = self.names[key]
+            others = [each for each in lifted.insertions.children() if isinstance(each, FakeQuant) and each is not self]
+            if any(name in each.names.values() for each in others):
+                raise LiftError("two quantizers for one tensor", where=name, help="give each tensor one plan")
             lifted.place(name, f"{path}.quantizers.{key}")
             if name in initializers and not quantizer.fitted:
                 quantizer.fit(attribute(lifted, initializers[name]).detach())
@@ -157,6 +180,8 @@ class FakeQuant(Insertion):
         """See `Insertion`."""
         for key, quantizer in self._quantizers().items():
             name, learned = self.names[key], quantizer.learned()
+            if not quantizer.fitted:
+                raise _without_range(name)
             if folding.is_constant(name):
                 _fold_weight(folding, name, learned)
             else:
@@ -193,9 +218,7 @@ class Quantizer(nn.Module):
         if not self.active:
             return tensor
         if not self.fitted:
-            raise LiftError(
-                "a quantizer has no range yet", where=self.planned.name, help="call FakeQuant.prepare with some inputs"
-            )
+            raise _without_range(self.planned.name)
         low, high = self.planned.limits
         per_scale = tensor.numel() // self.base.numel()
         samples = tensor.shape[0] if self.planned.role == "activation" and tensor.dim() > 0 else 1
@@ -268,6 +291,10 @@ class _Learned(torch.autograd.Function):
             clamped = _summed(gradient, scale, axis) - _summed(to_tensor, scale, axis)
             to_zero = -clamped * scale * damping
         return to_tensor, to_scale, to_zero, None, None, None, None
+
+
+def _without_range(name: str) -> LiftError:
+    return LiftError("a quantizer has no range yet", where=name, help="call FakeQuant.prepare with some inputs")
 
 
 def _shaped(

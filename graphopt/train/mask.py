@@ -56,7 +56,7 @@ class Mask(Insertion):
         *,
         scope: str = "layer",
         weights: Collection[str] = ("*",),
-        ramp: float = 0.5,
+        ramp: float = 0.0,
     ) -> Mask:
         """Mask single weights of linear layers, the smallest first.
 
@@ -147,6 +147,11 @@ class Mask(Insertion):
         for key, name in self.names.items():
             if name not in initializers:
                 raise LiftError(f"the graph has no weight {name!r}", help="mask weights of the model that is lifted")
+            shape = attribute(lifted, initializers[name]).shape
+            if shape != self.masks.get_submodule(key).get_buffer("mask").shape:
+                raise LiftError(
+                    f"the mask of {name!r} is not {list(shape)}", help="make it for the model that is lifted"
+                )
             lifted.place(name, f"{path}.masks.{key}")
         if self._rule is not None:
             self._weights = [attribute(lifted, initializers[name]) for name in self.names.values()]

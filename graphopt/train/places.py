@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphopt.errors import GraphoptError
 from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.rewrite import integers, is_op, sole_consumer
 
@@ -15,7 +16,7 @@ _WEIGHT_INDEX = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A Conv, ConvTranspose, Gemm or MatMul with a stored weight, directly or through a Transpose.
+    """A Conv, ConvTranspose, Gemm or MatMul with a stored weight, directly or through a Transpose or Cast.
 
     Attributes:
         node: the operator.
@@ -48,12 +49,17 @@ class LinearLayer:
 def linear_layers(model: ir.Model) -> list[LinearLayer]:
     """Every linear layer of the main graph, in graph order.
 
+    Raises:
+        GraphoptError: `model` is no graph.
+
     Example:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,2] y)
         ...     <float[2,2] w = {1, 0, 0, 1}> { t = Transpose<perm=[1, 0]>(w) h = MatMul(x, t) y = Relu(h) }''')
         >>> [(layer.weight.name, layer.output_axis) for layer in linear_layers(model)]
         [('w', 0)]
     """
+    if not isinstance(model, ir.Model):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise GraphoptError(f"a {type(model).__name__} is no graph", help="pass the onnx_ir.Model that is lifted")
     found = (_layer(node) for node in model.graph if node.domain == "" and node.op_type in _WEIGHT_INDEX)
     return [layer for layer in found if layer is not None]
 
@@ -85,11 +91,11 @@ def _stored(value: ir.Value | None) -> tuple[ir.Value, tuple[int, ...]] | None:
             return None
         return value, tuple(range(len(stored_shape(value))))
     producer = value.producer()
-    if producer is None or not is_op(producer, "Transpose"):
+    if producer is None or not is_op(producer, "Transpose", "Cast"):
         return None
     inner = _stored(producer.inputs[0])
-    if inner is None:
-        return None
+    if inner is None or is_op(producer, "Cast"):
+        return inner
     order = integers(producer, "perm") or tuple(reversed(range(len(inner[1]))))
     return inner[0], tuple(inner[1][axis] for axis in order)
 

@@ -30,7 +30,7 @@ def prepare_module(model: ir.Model, settings: Settings) -> LiftedModule:
         TrainingError: `trainable` names nothing, or there is no float parameter.
     """
     named = [name for name in settings.trainable or () if not _PATTERN & set(name) and name in model.graph.initializers]
-    module = lift(model, trainable=named)
+    module = lift(model, table=settings.table, trainable=named)
     if module.dtype.itemsize < 4:
         module.to(torch.float32)
     module.to(settings.device)
@@ -40,6 +40,12 @@ def prepare_module(model: ir.Model, settings: Settings) -> LiftedModule:
     for name, insertion in settings.insertions.items():
         module.attach(name, copy.deepcopy(insertion))
     if not any(parameter.requires_grad for parameter in module.parameters()):
+        if settings.trainable == ():
+            raise TrainingError(
+                "`trainable` names nothing",
+                where="trainable",
+                help="leave it out to train all float weights, name some, or pass `insertions` that have parameters",
+            )
         raise TrainingError(
             "the model has no float parameter to train",
             where=model.graph.name or "the graph",

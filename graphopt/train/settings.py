@@ -14,6 +14,7 @@ import torch
 
 from graphopt.errors import TrainingError
 from graphopt.ir.lifted import Insertion
+from graphopt.ir.ops.row import OpTable
 
 MakeOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of the parameters to be trained."""
@@ -66,6 +67,7 @@ class Settings:
     checkpoint_every: int | None = None
     resume: bool = False
     seed: int = 0
+    table: OpTable | None = None
 
     def __post_init__(self) -> None:
         for name, words in CHOICES.items():
@@ -75,16 +77,19 @@ class Settings:
                 )
         for name, least in (("steps", 1), ("warmup", 0), ("evaluate_every", 1), ("checkpoint_every", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is None and name.endswith("_every"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise TrainingError(f"`{name}` is {value!r}", where=name, help=f"pass a whole number from {least}")
         for name in ("learning_rate", "temperature", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not (_is_finite(value) and value > 0):
                 raise TrainingError(f"`{name}` is {value!r}", where=name, help="pass a positive number")
         for name in ("weight_decay", "teacher_weight"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_is_finite(value) and value >= 0):
                 raise TrainingError(f"`{name}` is {value!r}", where=name, help="pass a number from 0")
+        _check_insertions(self.insertions)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -92,6 +97,18 @@ class Settings:
         for name in ("loss", "optimizer", "evaluate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TrainingError(f"`{name}` is not callable", where=name, help="pass a function")
+        if self.loss is None and self.teacher_weight == 0:
+            raise TrainingError(
+                "nothing would be learned: `teacher_weight` is 0 and there is no `loss`",
+                where="teacher_weight",
+                help="pass a positive `teacher_weight`, or the labels' `loss`",
+            )
+        if self.table is not None and not isinstance(self.table, OpTable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TrainingError(
+                f"`table` is a {type(self.table).__name__}",
+                where="table",
+                help="pass op rows: graphopt.ir.ops.default_table().with_rows([...])",
+            )
         if self.optimizer is not None and (self.learning_rate is not None or self.weight_decay):
             raise TrainingError(
                 "`learning_rate` and `weight_decay` are for the default optimizer",
@@ -137,6 +154,35 @@ class Settings:
             "match": dict(self.match),
             "trainable": None if self.trainable is None else list(self.trainable),
         }
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):  # a string, None, several numbers
+        return False
+
+
+def _check_insertions(insertions: Any) -> None:
+    found = None
+    if not isinstance(insertions, Mapping):
+        found = _kind(insertions)
+    else:
+        for name, insertion in insertions.items():  # pyright: ignore[reportUnknownVariableType]
+            if not isinstance(name, str):
+                found = f"a dict with the key {name!r}"
+            elif not isinstance(insertion, Insertion):
+                found = f"a dict with {_kind(insertion)} as {name!r}"
+    if found is not None:
+        raise TrainingError(
+            f"`insertions` is {found}",
+            where="insertions",
+            help='pass {"name": insertion}, for instance insertions={"quantizers": FakeQuant.for_linear(model)}',
+        )
+
+
+def _kind(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"one {type(given).__name__}"
 
 
 def _name_of(function: Any) -> str | None:

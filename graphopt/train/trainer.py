@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -23,7 +23,7 @@ from graphopt.train.checkpoint import (
     structure_digest,
     write_checkpoint,
 )
-from graphopt.train.distillation import GraphTeacher, ModuleTeacher, Teacher, distillation_loss, tensors_of
+from graphopt.train.distillation import GraphTeacher, ModuleTeacher, Teacher, ask_teacher, distillation_loss, tensors_of
 from graphopt.train.gradients import blocked_parameters
 from graphopt.train.preparation import integer_note, make_optimizer, prepare_module, trained_parameters
 from graphopt.train.randomness import random_state, seeded, set_random_state, untouched
@@ -53,6 +53,7 @@ class Outcome:
         seconds: wall clock time, earlier runs of the same checkpoint included.
         module: what was trained, insertions in it, with the weights of `model`.
         error: what stopped the run, or None.
+        feeds: the inputs of the last batch, by name; empty where none was read.
     """
 
     model: ir.Model | None
@@ -63,6 +64,7 @@ class Outcome:
     seconds: float
     module: LiftedModule
     error: TrainingError | None = None
+    feeds: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
 def train(
@@ -123,7 +125,8 @@ class Trainer:
         self._optimizer: torch.optim.Optimizer
         self._rates: list[float] = []
         self._good: list[torch.Tensor] = []
-        self._moments_fit, self._checked = True, False
+        self._moments_fit, self._checked, self._detached = True, False, False
+        self._feeds: Mapping[str, torch.Tensor] = {}
 
     def run(self) -> Outcome:
         """Train to the end, or to what stops it."""
@@ -134,7 +137,7 @@ class Trainer:
         except TrainingError as error:
             return self._stopped(error)
         kept = self._best.step if self._best is not None else self._step
-        return self._outcome(lower(self.module, self.model), kept, None)
+        return self._outcome(self._lowered(), kept, None)
 
     # Beginning
 
@@ -142,7 +145,8 @@ class Trainer:
         if teacher is None:
             return None
         if isinstance(teacher, ir.Model):
-            return GraphTeacher(teacher, self.module, list(self.settings.match.values()), self.device)
+            matched = list(self.settings.match.values())
+            return GraphTeacher(teacher, self.module, matched, self.device, self.settings.table)
         if self.settings.match:
             raise TrainingError(
                 "`match` needs an ONNX teacher", where="match", help="trace the module: graphopt.trace(module, inputs)"
@@ -228,6 +232,7 @@ class Trainer:
     def _take_step(self) -> None:
         """One step, whole: what fails inside leaves as a `TrainingError` that names it."""
         batch = self._batches.read(self._step)
+        self._feeds = batch.feeds
         try:
             self._learn(batch)
         except GraphoptError as error:
@@ -276,14 +281,14 @@ class Trainer:
             if self._teacher is not None:
                 distance = distillation_loss(
                     outputs,
-                    self._teacher(batch.feeds, inputs),
+                    ask_teacher(self._teacher, batch.feeds, inputs, self._where()),
                     kind=settings.distillation,
                     temperature=settings.temperature,
                     matched=len(settings.match),
                     names=self._tapped.interface.outputs,
                 )
                 if self._step == 0 and float(distance.detach()) < _NO_DIFFERENCE:
-                    self._notes["teacher and model agree before training: they differ by rounding at most"] = None
+                    self._agree()
                 total = total + settings.teacher_weight * distance
             if settings.loss is not None:
                 total = total + self._labelled(outputs[: len(self.module.interface.outputs)], batch)
@@ -291,15 +296,36 @@ class Trainer:
             total = total + insertion.penalty()
         return torch.as_tensor(total)
 
+    def _agree(self) -> None:
+        """The teacher has nothing to say: a note, or an error where nothing else is learned from."""
+        if self.settings.loss is None and not self.settings.insertions:
+            raise TrainingError(
+                "teacher and model agree, there is nothing to learn",
+                where="teacher",
+                help="pass the unpruned model as `teacher`, the labels' `loss`, or `insertions`",
+            )
+        self._notes["teacher and model agree before training: they differ by rounding at most"] = None
+
     def _labelled(self, outputs: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert self.settings.loss is not None
         labels, named = batch.labels_on(self.device)
-        value: Any = self.settings.loss(outputs[0] if len(outputs) == 1 else tuple(outputs), *labels, **named)
+        try:
+            value: Any = self.settings.loss(outputs[0] if len(outputs) == 1 else tuple(outputs), *labels, **named)
+        except TypeError as error:
+            if labels or named:
+                raise
+            raise TrainingError(
+                f"`loss` raised TypeError: {error}",
+                where=self._where(),
+                help="the batches have no labels: those are what a tuple has beyond the model's "
+                f"{len(batch.feeds)} inputs, or a dict beyond their names",
+            ) from error
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             found = (
                 f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             )
             raise TrainingError(f"`loss` returned {found}", where="loss", help="return one number as a tensor")
+        self._detached = not value.requires_grad and any(output.requires_grad for output in outputs)
         return value.reshape(())
 
     def _update(self) -> None:
@@ -325,6 +351,12 @@ class Trainer:
         self._set_modes()
         learning = [name for name, parameter in self.module.named_parameters() if parameter.grad is not None]
         stuck = blocked is not None and len(blocked.parameters) == len(trained) and not self.settings.insertions
+        if not learning and self._detached:
+            raise TrainingError(
+                "nothing can learn: `loss` returned a number without a gradient, it is detached from the outputs",
+                where="loss",
+                help="compute it of the outputs in torch, without detach(), item(), numpy or torch.no_grad()",
+            )
         if not learning or stuck:
             raise TrainingError(
                 f"nothing can learn: {blocked or 'the loss depends on no parameter'}",
@@ -361,7 +393,7 @@ class Trainer:
         self._check_finite()
         try:
             with untouched(self.device):
-                metric = evaluate(lower(self.module, self.model))
+                metric = evaluate(self._lowered())
         except GraphoptError as error:
             raise TrainingError(
                 f"the metric cannot be measured: {error.what}", where=self._where(), help=error.help
@@ -417,7 +449,7 @@ class Trainer:
             except TrainingError as second:
                 self._notes[second.what] = None
         try:
-            model = lower(self.module, self.model)
+            model = self._lowered()
         except GraphoptError as second:
             self._notes[f"the weights cannot be lowered: {second.what}"] = None
             model = None
@@ -425,9 +457,11 @@ class Trainer:
 
     def _outcome(self, model: ir.Model | None, best_step: int, error: TrainingError | None) -> Outcome:
         history, metrics = tuple(enumerate(self._history)), tuple(self._metrics)
-        return Outcome(
-            model, history, metrics, best_step, tuple(self._notes), self._seconds(), self.module.eval(), error
-        )
+        notes, module = tuple(self._notes), self.module.eval()
+        return Outcome(model, history, metrics, best_step, notes, self._seconds(), module, error, self._feeds)
+
+    def _lowered(self) -> ir.Model:
+        return lower(self.module, self.model, table=self.settings.table)
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.errors import LiftError
+from graphopt.errors import GraphoptError, LiftError
 from graphopt.ir.compare import compare_outputs, reference_outputs
 from graphopt.ir.lifted import Insertion, LiftedModule, as_array
 from graphopt.ir.lower import Folding, Link
@@ -40,6 +40,16 @@ INNER_NAME = """(float[n,2] x) => (float[n,2] y) <float[2,2] w = {1, 2, 3, 4}, b
 SAME_NAME = """(float[n,2] x) => (float[n,2] y) <float[2,2] w = {1, 2, 3, 4}, bool c = {1}> { h = MatMul(x, w)
     y = If(c) <then_branch = t () => (float[n,2] a) { [matmul] a = MatMul(h, w) },
                else_branch = e () => (float[n,2] b) { b = Identity(h) }> }"""
+
+
+def parsed(body: str) -> ir.Model:
+    return graphopt.load(ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> g {body}'))
+
+
+def error_of(lowered: ir.Model, lifted: LiftedModule, feeds: dict[str, np.ndarray]) -> float:
+    with torch.no_grad():
+        found = [as_array(value) for value in lifted.eval().run_feeds(feeds).values()]
+    return compare_outputs(reference_outputs(lowered, [feeds])[0], found)
 
 
 class Affine(Insertion):
@@ -200,3 +210,59 @@ def test_gates_on_values_of_unknown_rank_count_axes_from_the_end() -> None:
     lifted.attach("gates", gates(1))
     with pytest.raises(LiftError, match="rank of a gated value"):
         graphopt.lower(lifted, model)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16, 4.5])
+def test_quantizers_have_two_to_eight_bits(bits: float) -> None:
+    with pytest.raises(LiftError, match="bits"):
+        FakeQuant([TensorPlan("w", "weight", bits, True, None, (1.0,), (0,), "weights")])  # pyright: ignore[reportArgumentType]
+
+
+def test_quantizers_without_ranges_do_not_fold() -> None:
+    model = parsed(SIMPLE)
+    lifted = graphopt.lift(model)
+    lifted.attach("quantizers", FakeQuant.for_linear(model))
+    with pytest.raises(LiftError, match="no range yet"):
+        graphopt.lower(lifted, model)
+    with pytest.raises(LiftError, match="two quantizers"):
+        lifted.attach("again", FakeQuant.for_linear(model))
+
+
+def test_models_without_linear_layers_have_no_quantizers() -> None:
+    with pytest.raises(GraphoptError, match="no linear layer"):
+        FakeQuant.for_linear(parsed("(float[2] x) => (float[2] y) { y = Relu(x) }"))
+    with pytest.raises(GraphoptError, match="is no graph"):
+        FakeQuant.for_linear(torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_behind_a_cast_are_quantized() -> None:
+    model = parsed("""(float[1,2] x) => (float[1,2] y) <float16[2,2] w = {1, 2, 3, 4}>
+        { c = Cast<to = 1>(w) y = MatMul(x, c) }""")
+    weight = np.array([[1, 2], [3, 4]], np.float16)  # the text has bit patterns
+    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
+    lifted = graphopt.lift(model)
+    quantizers = FakeQuant.for_linear(model)
+    lifted.attach("quantizers", quantizers)
+    quantizers.prepare(lifted, [[torch.ones(1, 2)]])
+    assert [entry.name for entry in quantizers.plan()] == ["w", "x"]
+    assert error_of(graphopt.lower(lifted, model), lifted, {"x": np.ones((1, 2), np.float32)}) < 1e-2
+
+
+def test_masks_of_another_model_are_refused() -> None:
+    mask = Mask({"w": torch.ones(3, 3, dtype=torch.bool)})
+    with pytest.raises(LiftError, match="is not"):
+        graphopt.lift(parsed(SIMPLE)).attach("mask", mask)
+
+
+def test_statistics_that_the_graph_computes() -> None:
+    """Weight standardisation, as torch exports it: BatchNormalization of the weight by its own mean and variance."""
+    model = parsed("""(float[1,2] x) => (float[1,2] y) <float[2,2] w = {1, 2, 3, 5}, float[2] one = {1, 1},
+        float[2] zero = {0, 0}, int64[1] axis = {0}>
+        { m = ReduceMean<keepdims = 0>(w, axis) d = Sub(w, m) q = Mul(d, d) v = ReduceMean<keepdims = 0>(q, axis)
+          n = BatchNormalization(w, one, zero, m, v) y = MatMul(x, n) }""")
+    lifted = graphopt.lift(model)
+    feeds = {"x": np.array([[1, 2]], np.float32)}
+    assert error_of(model, lifted, feeds) < 1e-5
+    assert error_of(model, lifted.train(), feeds) < 1e-5
+    lifted.train().run_feeds(feeds)["y"].square().sum().backward()
+    assert lifted.get_parameter("w").grad is not None

@@ -300,7 +300,7 @@ def test_evaluate_that_fails_keeps_the_weights(value: Any) -> None:
         ({"teacher": STUDENT}, "nothing to learn"),
         ({"trainable": ["w9"]}, "`trainable` names 'w9'"),
         ({"trainable": "w1"}, "`trainable` is one string"),
-        ({"trainable": []}, "no float parameter"),
+        ({"trainable": []}, "`trainable` names nothing"),
         ({"match": "hidden"}, "`match` is one string"),
         ({"match": {"hidden": "wide", "flat": "pooled"}}, "the student's shape is"),
         ({"resume": True}, "`resume` without `checkpoint`"),
@@ -420,8 +420,8 @@ def assert_same_parameters(first: ir.Model, second: ir.Model) -> None:
     [
         (lambda outputs: outputs, r"`loss` returned a tensor of shape \[16, 3\]"),
         (lambda outputs: 1.0, "`loss` returned float"),
-        (lambda outputs, label: 1.0, "the step failed: TypeError"),
-        (lambda outputs: outputs.detach().sum(), "nothing can learn"),
+        (lambda outputs, label: 1.0, "`loss` raised TypeError"),
+        (lambda outputs: outputs.detach().sum(), "nothing can learn: `loss` returned a number without"),
     ],
 )
 def test_losses_that_do_not_work(loss: Any, message: str) -> None:

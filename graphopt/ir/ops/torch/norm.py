@@ -28,6 +28,12 @@ def batch_normalization(
     """
     if scale.dtype != mean.dtype:  # half-precision models that keep the statistics in float32
         scale, bias = scale.to(mean.dtype), bias.to(mean.dtype)
+    if not training_mode and (
+        mean.requires_grad or var.requires_grad
+    ):  # computed in the graph, such as those of weights
+        shape = [-1, *[1] * (x.ndim - 2)] if x.ndim > 1 else [-1]
+        factor = scale * torch.rsqrt(var + epsilon)
+        return x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
     if not training_mode:
         if x.ndim == 1:  # [batch] has one channel
             return functional.batch_norm(x[:, None], mean, var, scale, bias, training, 1.0 - momentum, epsilon)[:, 0]
