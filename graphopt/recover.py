@@ -191,9 +191,6 @@ def recover(
         weight_decay=weight_decay,
         warmup=warmup,
         schedule=schedule,
-        match=_pairs(match),
-        insertions={} if insertions is None else insertions,
-        trainable=None if trainable is None else _names("trainable", trainable),
         norm=norm,
         precision=precision,
         device=device,
@@ -205,6 +202,7 @@ def recover(
         resume=resume,
         seed=seed,
         table=table,
+        **_by_name(match, insertions, trainable),
     )
     return _run(subject, graph, target, data, settings, _teacher_of(subject, graph, teacher, settings), quiet=quiet)
 
@@ -265,20 +263,21 @@ def _runtime_note(recovery: Recovery, feeds: Mapping[str, torch.Tensor]) -> str 
         found = session.run_feeds({name: as_array(tensor) for name, tensor in shown.items()})
         with untouched(module.device), torch.no_grad():
             expected = [as_array(tensor) for tensor in module.run_feeds(shown).values()]
+        worst = max(map(_difference, found, expected), default=0.0)
     except Exception as error:  # the trained weights are worth more than this comparison
         what = error.what if isinstance(error, GraphoptError) else f"{type(error).__name__}: {error}"
         return f"whether onnxruntime computes what was trained is unknown: {what}"
-    worst = max(map(_difference, found, expected), default=0.0)
     if worst <= _COMPARED_ERROR:
         return None
-    note = f"onnxruntime computes something else than the trained module on this machine (rms {worst:.2f} of the output's scale)"
+    differs = "onnxruntime computes something else than the trained module on this machine"
+    note = f"{differs} (rms {worst:.2f} of the output's scale)"
     if not any(node.op_type == "DequantizeLinear" for node in recovery.model.graph):
         return note
     return f"{note}: int8 kernels of x86 without VNNI saturate; train with weight_bits=7 and edge_bits=7"
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Root mean square error relative to the root mean square of what is expected, where that is finite; 0 of integers."""
+    """Root mean square error of floats over the root mean square of what is expected, where that is finite."""
     if found.dtype.kind in "biuOSU" or not found.size:
         return 0.0
     found, expected = found.astype(np.float64), expected.astype(np.float64)
@@ -352,6 +351,15 @@ def _teacher_of(subject: Result | ir.Model, graph: ir.Model, teacher: Any, setti
             help='pass "original", an onnx_ir.Model (graphopt.load reads files), a torch module or None',
         )
     return teacher
+
+
+def _by_name(match: Any, insertions: Any, trainable: Any) -> dict[str, Any]:
+    """The options that name values and weights, as the settings hold them."""
+    return {
+        "match": _pairs(match),
+        "insertions": {} if insertions is None else insertions,
+        "trainable": None if trainable is None else _names("trainable", trainable),
+    }
 
 
 def _pairs(match: Mapping[str, str] | Iterable[str]) -> dict[str, str]:

@@ -266,3 +266,34 @@ def test_statistics_that_the_graph_computes() -> None:
     assert error_of(model, lifted.train(), feeds) < 1e-5
     lifted.train().run_feeds(feeds)["y"].square().sum().backward()
     assert lifted.get_parameter("w").grad is not None
+
+
+def test_a_loop_of_ones_own() -> None:
+    """As docs/training.md writes it."""
+    module = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4)
+    )
+    images = torch.randn(16, 4, 6, 6)
+    batch = torch.export.Dim("batch")
+    model = graphopt.trace(module.eval(), (images,), dynamic_shapes=({0: batch},))
+    lifted, wanted = graphopt.lift(model), module(images).detach()
+    quantizers = FakeQuant.for_linear(model, weight_bits=4, activation_bits=4)
+    lifted.attach("quantizers", quantizers)
+    quantizers.prepare(lifted, [[images]])
+    lifted.attach("mask", Mask.n_of_m(model, 2, 4, ramp=0.5))
+    lifted.attach("gates", Scale.for_channels(model, l1=1e-4))
+    optimizer = torch.optim.AdamW(lifted.parameters(), 3e-3)
+    losses: list[float] = []
+    for step in range(30):
+        for insertion in lifted.insertions.children():
+            assert isinstance(insertion, Insertion)
+            insertion.advance(step, 30)
+        penalties = sum(each.penalty() for each in lifted.insertions.children() if isinstance(each, Insertion))
+        loss = (lifted(images) - wanted).square().mean() + penalties
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[20:]) < max(losses[:20])
+    lowered = graphopt.lower(lifted, model)
+    assert error_of(lowered, lifted, {model.graph.inputs[0].name or "": images.numpy()}) < 1e-2
