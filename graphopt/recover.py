@@ -273,7 +273,7 @@ def _runtime_note(recovery: Recovery, feeds: Mapping[str, torch.Tensor]) -> str 
     note = f"{differs} (rms {worst:.2f} of the output's scale)"
     if not any(node.op_type == "DequantizeLinear" for node in recovery.model.graph):
         return note
-    return f"{note}: int8 kernels of x86 without VNNI saturate; train with weight_bits=7 and edge_bits=7"
+    return f"{note}: int8 kernels of x86 without VNNI saturate on 8-bit weights; train with weight_bits=7"
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphopt.errors import GraphoptError, LiftError
-from graphopt.ir.lifted import Insertion, LiftedModule
-from graphopt.ir.lower import Folding, Link, attribute
+from graphopt.ir.lifted import VALUE, Insertion, LiftedModule
+from graphopt.ir.lower import Folding, attribute
+from graphopt.ir.ops.torch.conv import conv
+from graphopt.ir.ops.torch.linear import gemm
 from graphopt.ir.quantizer import TensorPlan
+from graphopt.train.fold_quantizers import fold_activation, fold_bias, fold_weight
 from graphopt.train.places import LinearLayer, linear_layers
 
 _CANDIDATES = 100
@@ -25,6 +26,10 @@ _SAMPLED = 2**18
 """Elements of a tensor that its range is found on."""
 _SMALLEST_SCALE = 1e-8
 _FEWEST_BITS, _MOST_BITS = 2, 8
+_INT32 = 2.0**31 - 128
+"""The largest float32 that fits into int32."""
+_SAFE_BITS = 7
+"""Bits of weights that no kernel saturates with."""
 
 
 class FakeQuant(Insertion):
@@ -41,7 +46,9 @@ class FakeQuant(Insertion):
     one learning rate serves scales of any size.
 
     Weights fold to integers and a DequantizeLinear, activations to QuantizeLinear and DequantizeLinear, behind a Clip
-    where the range is narrower than that of the stored type (4 bits in int8).
+    where the range is narrower than that of the stored type (4 bits in int8). The bias of a Conv or Gemm whose data and
+    weight are quantized is rounded to int32 in units of s_x s_w and folds so: onnxruntime does that to float biases,
+    and at 4 bits the units are coarse.
 
     Args:
         plan: one `TensorPlan` a tensor, or the JSON of a plan (a list of them, or `QuantizePlan.to_json()`).
@@ -70,6 +77,8 @@ class FakeQuant(Insertion):
         plans = [entry if isinstance(entry, TensorPlan) else TensorPlan.from_json(entry) for entry in entries]
         self.names: dict[str, str] = {}
         self.quantizers = nn.ModuleDict()
+        self.bias_names: dict[str, str] = {}
+        self.biases = nn.ModuleDict()
         for number, entry in enumerate(plans):
             if entry.bits not in range(_FEWEST_BITS, _MOST_BITS + 1):
                 raise LiftError(
@@ -85,7 +94,7 @@ class FakeQuant(Insertion):
 
     @classmethod
     def for_linear(
-        cls, model: ir.Model, *, weight_bits: int = 8, activation_bits: int = 8, edge_bits: int = 8, learn: bool = True
+        cls, model: ir.Model, *, weight_bits: int = 7, activation_bits: int = 8, edge_bits: int = 8, learn: bool = True
     ) -> FakeQuant:
         """Quantizers at the weights and data inputs of every Conv, ConvTranspose, Gemm and MatMul with a weight.
 
@@ -93,16 +102,16 @@ class FakeQuant(Insertion):
 
         Args:
             model: the canonical graph that is lifted.
-            weight_bits, activation_bits: 2 to 8.
-            edge_bits: bits of the weights and inputs of the first and the last linear layers (those that read a
-                graph input, and those whose result no other linear layer depends on), as is usual below 8 bits.
+            weight_bits: 2 to 8. Weights have 7 by default, with which no sum of two products saturates in 16 bits:
+                onnxruntime's int8 kernels for x86 without VNNI add so. 8 is right where the target has VNNI, or is ARM.
+            activation_bits: 2 to 8.
+            edge_bits: bits of the inputs of the first and the last linear layers (those that read a graph input, and
+                those whose result no other linear layer depends on), as is usual below 8 bits; their weights have
+                7 of them.
             learn: see `FakeQuant`.
 
         Raises:
             GraphoptError: the model has no linear layer with a stored float weight.
-
-        On x86 without VNNI onnxruntime's int8 kernels saturate with 8-bit weights: use 7 for `weight_bits` and
-        `edge_bits` there.
         """
         layers = linear_layers(model)
         if not layers:
@@ -116,7 +125,7 @@ class FakeQuant(Insertion):
         for layer in layers:
             edge = layer.node in edges
             name, axis = layer.weight.name or "", layer.output_axis
-            bits = max(edge_bits, weight_bits) if edge else weight_bits
+            bits = max(min(edge_bits, _SAFE_BITS), weight_bits) if edge else weight_bits
             _merge(plans, TensorPlan(name, "weight", bits, True, axis, (), (), "weights"))
             bits = max(edge_bits, activation_bits) if edge else activation_bits
             _merge(plans, TensorPlan(layer.data.name or "", "activation", bits, False, None, (), (), "calibration"))
@@ -143,6 +152,7 @@ class FakeQuant(Insertion):
             lifted.place(name, f"{path}.quantizers.{key}")
             if name in initializers and not quantizer.fitted:
                 quantizer.fit(attribute(lifted, initializers[name]).detach())
+        self._insert_biases(lifted, path)
 
     def prepare(self, lifted: LiftedModule, batches: Sequence[Sequence[torch.Tensor]]) -> None:
         """Find the ranges of activations that have none, by least squared error, on float activations."""
@@ -183,9 +193,31 @@ class FakeQuant(Insertion):
             if not quantizer.fitted:
                 raise _without_range(name)
             if folding.is_constant(name):
-                _fold_weight(folding, name, learned)
+                fold_weight(folding, name, learned)
             else:
-                _fold_activation(folding, name, learned)
+                fold_activation(folding, name, learned)
+        for key, name in self.bias_names.items():
+            bias = self.biases.get_submodule(key)
+            assert isinstance(bias, BiasQuantizer)
+            fold_bias(folding, name, bias.scale.detach().cpu().numpy())
+
+    def _insert_biases(self, lifted: LiftedModule, path: str) -> None:
+        """Biases of layers whose data and weight are quantized get int32, in the units of the sum that they start."""
+        at = {f"{path}.quantizers.{key}": quantizer for key, quantizer in self._quantizers().items()}
+        for node in list(lifted.graph.nodes):
+            if node.target not in (conv, gemm) or len(node.args) < 3 or node.kwargs.keys() & {"alpha", "beta"}:
+                continue
+            data, weight = (at.get(str(getattr(operand, "target", ""))) for operand in node.args[:2])
+            bias = node.args[2]
+            name = str(bias.meta.get(VALUE)) if isinstance(bias, fx.Node) else ""
+            if data is None or weight is None or name not in lifted.interface.initializers or len(bias.users) > 1:
+                continue
+            if name in self.names.values() or attribute(lifted, lifted.interface.initializers[name]).dim() != 1:
+                continue
+            key = f"b{len(self.bias_names)}"
+            self.bias_names[key] = name
+            self.biases[key] = BiasQuantizer(data, weight)
+            lifted.place(name, f"{path}.biases.{key}")
 
     def _quantizers(self) -> dict[str, Quantizer]:
         return dict(self.quantizers.items())  # pyright: ignore[reportReturnType]
@@ -251,6 +283,29 @@ class Quantizer(nn.Module):
                 self._set(*(torch.ones_like(saved, device=self.base.device) for _ in range(2)))
             self.fitted = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+class BiasQuantizer(nn.Module):
+    """A bias in the integers of the sum that it starts, b = round(b / (s_x s_w)) s_x s_w, gradient straight through."""
+
+    def __init__(self, data: Quantizer, weight: Quantizer) -> None:
+        super().__init__()
+        self._factors = (data, weight)  # in a tuple, so that they are not children a second time
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """[1], or one for each output channel."""
+        data, weight = self._factors
+        return data.scale * weight.scale
+
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        """The bias as the integer kernel adds it; unchanged while ranges are being found."""
+        if not all(each.active and each.fitted for each in self._factors):
+            return bias
+        with torch.no_grad():
+            scale = self.scale.to(bias.device)
+            rounded = (bias.to(scale.dtype) / scale).round().clamp(-_INT32, _INT32).mul_(scale).to(bias.dtype)
+        return bias + (rounded - bias).detach()
 
 
 class _Learned(torch.autograd.Function):
@@ -349,58 +404,6 @@ def _rows(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
 def _sample(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most about `count` elements, evenly taken from all rows."""
     return rows[:, :: max(rows.numel() // max(count, 1), 1)]
-
-
-def _fold_weight(folding: Folding, name: str, plan: TensorPlan) -> None:
-    array = folding.constant(name)
-    kind = ir.DataType.from_numpy(array.dtype)
-    integers = folding.add_constant(f"{name}_quantized", plan.quantize(np.asarray(array, np.float32)))
-    operands = _parameters(folding, name, plan, array.dtype)
-    attributes = {} if plan.axis is None else {"axis": plan.axis}
-    folding.insert_after(name, [Link("DequantizeLinear", operands, attributes, kind)], source=integers)
-
-
-def _fold_activation(folding: Folding, name: str, plan: TensorPlan) -> None:
-    kind = folding.element_type(name)
-    operands = _parameters(folding, name, plan, kind.numpy())
-    attributes = {} if plan.axis is None else {"axis": plan.axis}
-    stored = np.iinfo(plan.dtype)
-    chain: list[Link] = []
-    if plan.limits != (stored.min, stored.max):
-        low, high = (bound.astype(kind.numpy()) for bound in plan.range())
-        chain += _clamp(folding, name, plan, low, high)
-    chain.append(Link("QuantizeLinear", operands, attributes, ir.DataType.from_numpy(plan.dtype)))
-    chain.append(Link("DequantizeLinear", operands, attributes, kind))
-    folding.insert_after(name, chain)
-
-
-def _clamp(folding: Folding, name: str, plan: TensorPlan, low: np.ndarray, high: np.ndarray) -> list[Link]:
-    """Operators that keep a value in the range of a quantizer, one scale or one a channel."""
-    if plan.axis is None:
-        shape: tuple[int, ...] = ()
-    else:
-        known = folding.value(name).shape
-        if known is None:
-            raise LiftError(
-                "the rank of a value with a scale a channel is unknown", where=name, help="give it one scale"
-            )
-        shape = tuple(-1 if axis == plan.axis % len(known) else 1 for axis in range(len(known)))
-    lowest = folding.add_constant(f"{name}_low", low.reshape(shape))
-    highest = folding.add_constant(f"{name}_high", high.reshape(shape))
-    if plan.axis is None:
-        return [Link("Clip", [lowest, highest])]
-    return [Link("Max", [lowest]), Link("Min", [highest])]
-
-
-def _parameters(folding: Folding, name: str, plan: TensorPlan, dtype: np.dtype[Any]) -> list[ir.Value]:
-    smallest = float(ml_dtypes.finfo(dtype).tiny)  # a scale of 0 would make its channel 0
-    scale = np.maximum(np.asarray(plan.scale), smallest).astype(dtype)
-    zero = np.asarray(plan.zero_point, plan.dtype)
-    shape = () if plan.axis is None else (-1,)
-    return [
-        folding.add_constant(f"{name}_scale", scale.reshape(shape)),
-        folding.add_constant(f"{name}_zero_point", zero.reshape(shape)),
-    ]
 
 
 def _merge(plans: dict[str, TensorPlan], plan: TensorPlan) -> None:

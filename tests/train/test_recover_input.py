@@ -67,7 +67,7 @@ def test_a_difference_of_onnxruntime_is_noted() -> None:
     assert note.startswith("onnxruntime computes something else than the trained module on this machine (rms 0.")
     assert "VNNI" not in note
     quantized = {"quantizers": FakeQuant.for_linear(STUDENT), "gain": Lying("flat")}
-    assert run(insertions=quantized).notes[-1].endswith("train with weight_bits=7 and edge_bits=7")
+    assert run(insertions=quantized).notes[-1].endswith("train with weight_bits=7")
 
 
 def test_the_comparison_draws_no_random_numbers() -> None:
