@@ -154,6 +154,7 @@ class Folding:
     Attributes:
         model: the graph, with the trained weights in it.
         later: values and weights at which insertions stand that are folded after the present one.
+        origins: name of the initializer that each one stands for which took its place (integers of a weight).
     """
 
     later: frozenset[str] = frozenset()
@@ -161,6 +162,7 @@ class Folding:
     def __init__(self, model: ir.Model, initializers: Mapping[str, str]) -> None:
         self.model = model
         self._lifted = initializers
+        self.origins: dict[str, str] = {}
         self._values = {value.name: value for node in model.graph for value in node.outputs}
         self._values.update({value.name: value for value in model.graph.inputs})
         self._initializers = dict(model.graph.initializers)
@@ -230,6 +232,8 @@ class Folding:
             The end of the chain.
         """
         start = self._end(name)
+        if source is not None:
+            self.origins[source.name or ""] = self.origins.get(name, name)
         readers = [use for use in start.uses() if consumers is None or self._is_one_of(use.node, consumers)]
         running = source or start
         nodes: list[ir.Node] = []

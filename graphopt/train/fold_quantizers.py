@@ -41,17 +41,19 @@ def fold_activation(folding: Folding, name: str, plan: TensorPlan) -> None:
 
 
 def fold_bias(folding: Folding, name: str, scale: np.ndarray) -> None:
-    """A bias [channels] becomes int32 in units of `scale` ([1] or [channels]) and a DequantizeLinear."""
+    """A bias [channels] becomes int32 in units of `scale` ([1] or [channels]) and a DequantizeLinear.
+
+    Where operators stand behind it already, what they compute is rounded to these units.
+    """
+    kind = folding.element_type(name)
+    units = folding.add_constant(f"{name}_scale", scale.astype(kind.numpy()).reshape((-1,) if scale.size > 1 else ()))
     if not folding.is_constant(name):
+        folding.insert_after(name, [Link("Div", [units]), Link("Round"), Link("Mul", [units])])
         return
-    array = folding.constant(name)
-    whole = np.rint(array.astype(np.float32) / scale.astype(np.float32)).astype(np.float64)
+    whole = np.rint(folding.constant(name).astype(np.float32) / scale.astype(np.float32)).astype(np.float64)
     integers = np.clip(whole, -_INT32_LIMIT, _INT32_LIMIT).astype(np.int32)
     stored = folding.add_constant(f"{name}_quantized", integers)
-    shape = (-1,) if scale.size > 1 else ()
-    units = folding.add_constant(f"{name}_scale", scale.astype(array.dtype).reshape(shape))
     attributes = {"axis": 0} if scale.size > 1 else {}
-    kind = ir.DataType.from_numpy(array.dtype)
     folding.insert_after(name, [Link("DequantizeLinear", [units], attributes, kind)], source=stored)
 
 

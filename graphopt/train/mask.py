@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,8 @@ from graphopt.ir.rewrite import is_op
 from graphopt.train.places import linear_layers
 
 _SCOPES = ("layer", "global")
+_Place = tuple[str, int, tuple[int, ...]]
+"""An initializer, an axis of it, and indices on that."""
 _Rule = Callable[[list[torch.Tensor], float], list[torch.Tensor]]
 """Weights and a share of the final sparsity to masks; see `_smallest` and `_n_of_m`."""
 
@@ -45,7 +47,7 @@ class Mask(Insertion):
         self.masks = nn.ModuleDict({key: _Masked(masks[name].clone()) for key, name in self.names.items()})
         self._rule: _Rule | None = None
         self._ramp = 0.0
-        self._selection: dict[str | ChannelGroup, list[int]] = {}
+        self._units: list[frozenset[_Place]] = []
         self._weights: list[torch.Tensor] = []
 
     @classmethod
@@ -119,8 +121,10 @@ class Mask(Insertion):
         wanted: dict[str | ChannelGroup, list[int]] = {name: sorted(units) for name, units in selection.items()}
         remove_channels(model, wanted)  # refuses what cannot be removed before anything is trained
         masks: dict[str, torch.Tensor] = {}
+        removed: list[frozenset[_Place]] = []
         for group in channel_groups(model):
             for unit in wanted.get(group.name, ()):
+                removed.append(_places(group, unit, {}))
                 for name, slices in group.slices(unit).items():
                     value = model.graph.initializers[name]
                     assert value.const_value is not None
@@ -131,7 +135,7 @@ class Mask(Insertion):
                     for axis, indices in slices:
                         mask.index_fill_(axis, torch.as_tensor(np.asarray(indices), dtype=torch.int64), False)
         result = cls(masks)
-        result._selection = wanted if remove else {}
+        result._units = removed if remove else []
         return result
 
     @property
@@ -173,8 +177,8 @@ class Mask(Insertion):
         """See `Insertion`."""
         for name, site in zip(self.names.values(), self._sites(), strict=True):
             _fold_mask(folding, name, site.mask.cpu().numpy())
-        if self._selection:
-            folding.at_end(functools.partial(remove_channels, selection=self._selection))
+        if self._units:
+            folding.at_end(functools.partial(_remove_units, units=self._units, origins=folding.origins))
 
     @torch.no_grad()
     def _choose(self, share: float) -> None:
@@ -224,6 +228,33 @@ def _symmetric_integers(folding: Folding, name: str) -> str | None:
     if zero is not None and (not zero.is_initializer() or folding.constant(zero.name or "").any()):
         return None
     return integers.name
+
+
+def _places(group: ChannelGroup, unit: int, origins: Mapping[str, str]) -> frozenset[_Place]:
+    """Where a unit lies: initializer (by the name that it had when lifted), axis and indices."""
+    return frozenset(
+        (origins.get(name, name), axis, tuple(np.asarray(indices).tolist()))
+        for name, slices in group.slices(unit).items()
+        for axis, indices in slices
+    )
+
+
+def _remove_units(model: ir.Model, units: Sequence[frozenset[_Place]], origins: Mapping[str, str]) -> ir.Model:
+    """Remove units of the graph that was lifted from what folding made of it; names of groups may differ by then."""
+    groups = channel_groups(model)
+    wanted = {place for unit in units for place in unit}
+    selection: dict[str | ChannelGroup, list[int]] = {}
+    for group in groups:
+        found = [unit for unit in range(group.units) if _places(group, unit, origins) & wanted]
+        if found:
+            selection[group.name] = found
+    if sum(map(len, selection.values())) != len(units):
+        raise LiftError(
+            "masked units cannot be removed from the folded graph",
+            where=", ".join(map(str, selection)),
+            help="fold without removal: Mask.units(..., remove=False)",
+        )
+    return remove_channels(model, selection, groups=groups)
 
 
 def _smallest(weights: list[torch.Tensor], share: float, *, sparsity: float, together: bool) -> list[torch.Tensor]:

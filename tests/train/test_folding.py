@@ -12,11 +12,14 @@ from torch import nn
 
 import graphopt
 from graphopt.errors import GraphoptError, LiftError
-from graphopt.ir.compare import compare_outputs, reference_outputs
+from graphopt.ir.compare import compare_arrays, compare_outputs, reference_outputs
 from graphopt.ir.lifted import Insertion, LiftedModule, as_array
 from graphopt.ir.lower import Folding, Link
 from graphopt.ir.quantizer import TensorPlan
+from graphopt.ir.session import open_session
+from graphopt.passes import ALL_PASSES, Context
 from graphopt.train import FakeQuant, Mask, Scale
+from tests.zoo.models import zoo_feeds, zoo_model
 
 pytestmark = pytest.mark.torch
 FEEDS = {"x": np.array([[1, -2], [0.5, 3]], np.float32)}
@@ -297,3 +300,53 @@ def test_a_loop_of_ones_own() -> None:
     assert min(losses[20:]) < max(losses[:20])
     lowered = graphopt.lower(lifted, model)
     assert error_of(lowered, lifted, {model.graph.inputs[0].name or "": images.numpy()}) < 1e-2
+
+
+def test_optimized_onnxruntime_computes_what_was_trained() -> None:
+    """It rounds biases between quantized operands to int32; so does the module. Few products make coarse units."""
+    layers = [nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.ReLU(), nn.Conv2d(2, 4, 1)]
+    images = torch.randn(2, 2, 16, 16)
+    model = graphopt.trace(nn.Sequential(*layers).eval(), (images,))
+    lifted = graphopt.lift(model)
+    quantizers = FakeQuant.for_linear(model, weight_bits=3, activation_bits=3, edge_bits=3)
+    lifted.attach("quantizers", quantizers)
+    assert len(quantizers.bias_names) == 3
+    quantizers.prepare(lifted, [[images]])
+    lowered = graphopt.lower(lifted, model)
+    feeds = {model.graph.inputs[0].name or "": images.numpy()}
+    with torch.no_grad():
+        (expected,) = (as_array(value) for value in lifted.run_feeds(feeds).values())
+    for optimized in (False, True):
+        (found,) = open_session(lowered, optimized=optimized).run_feeds(feeds)
+        assert compare_arrays(expected, found).rms_error < 0.01, optimized
+
+
+@pytest.mark.parametrize("order", ["qu", "uq", "squ", "unqs"])
+def test_units_are_removed_whatever_else_is_inserted(order: str) -> None:
+    """Names of groups count tensors, and insertions add some: units are found by what they are made of."""
+    model = zoo_model("resnet")
+    ALL_PASSES["fold-batchnorm"]().run(model, Context())
+    selection = {
+        group.name: range(group.units // 2)
+        for group in graphopt.channel_groups(model)
+        if group.prunable and group.exact
+    }
+    make: dict[str, Callable[[], Insertion]] = {
+        "q": lambda: FakeQuant.for_linear(model),
+        "u": lambda: Mask.units(model, selection),
+        "s": lambda: Scale.for_channels(model),
+        "n": lambda: Mask.unstructured(model, 0.5),
+    }
+    lifted, feeds = graphopt.lift(model), zoo_feeds(model)
+    for name in order:
+        lifted.attach(name, make[name]())
+    lifted.insertions.get_submodule("q").prepare(lifted, [lifted.tensors(feeds)])  # pyright: ignore[reportCallIssue]
+    lowered = graphopt.lower(lifted, model)
+    assert error_of(lowered, lifted, feeds) < 1e-3
+    removed = graphopt.remove_channels(model, selection)
+    weight = next(name for name in removed.graph.initializers if name.endswith("conv1.0.weight"))
+    stored, expected = (one.graph.initializers[key].const_value for one, key in
+                        ((lowered, f"{weight}_quantized"), (removed, weight)))  # fmt: skip
+    assert stored is not None
+    assert expected is not None
+    assert stored.shape == expected.shape
