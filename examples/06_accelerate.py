@@ -61,7 +61,7 @@ def main() -> None:
 
     teacher = graphopt.lift(model).to(accelerator.device)
     student = graphopt.lift(smaller)
-    quantizers = FakeQuant.for_linear(smaller)  # int8 weights and activations
+    quantizers = FakeQuant.for_linear(smaller)  # weights of 7 bits, activations of 8
     student.attach("quantizers", quantizers)
     quantizers.prepare(student, [[images[training][:256]]])
 
