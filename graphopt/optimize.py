@@ -18,7 +18,7 @@ from graphopt.errors import DataError, InvalidGraphError
 from graphopt.export.report import BUDGET, DEFECT, ROLLED_BACK, SPEED, Report, Step, WeightFate
 from graphopt.export.write import save
 from graphopt.inputs.calibration import Calibration, as_array, fit_feeds
-from graphopt.inputs.probes import model_inputs, probe_feeds, runnable_sizes
+from graphopt.inputs.probes import InputSpec, check_specs, model_inputs, probe_feeds, runnable_sizes
 from graphopt.ir.canonical import NOTES, canonicalize
 from graphopt.ir.channel_analysis import check_canonical
 from graphopt.ir.check import check_structure
@@ -90,6 +90,7 @@ def optimize(
     target: str = "cpu",
     dynamic_shapes: Any = None,
     calibration: Iterable[Any] | None = None,
+    inputs: Mapping[str, InputSpec] | None = None,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     tolerance: float | None = None,
@@ -112,6 +113,8 @@ def optimize(
         target: "cpu" or "cuda", where the result is to run.
         dynamic_shapes: for a module, as for `torch.export.export`.
         calibration: iterable of inputs (arrays, tuples or dicts) for quantization; None works without data.
+        inputs: what is known of the inputs, by name (`graphopt.InputSpec`: kind, mean, standard deviation, range);
+            inputs that are made up follow it. What is left out is read off the graph.
         evaluate: called with an `onnxruntime.InferenceSession`, returns one number, higher is better.
         max_drop: how much of `evaluate` lossy passes may cost, in its own unit; None allows 1 % of the original's.
         tolerance: how far outputs may move without `evaluate`: root mean square of the difference over that of
@@ -122,7 +125,7 @@ def optimize(
     Raises:
         LoadError, InvalidGraphError: the ONNX model cannot be read or is not valid.
         TraceError: the torch model cannot be exported, or its export computes something else.
-        DataError: example inputs, calibration or `evaluate` do not fit.
+        DataError: example inputs, calibration, `inputs` or `evaluate` do not fit.
         RecipeError: unknown recipe, pass or option, or an order that a contract forbids.
 
     Example:
@@ -139,11 +142,11 @@ def optimize(
         subject = _read(model, args, kwargs, dynamic_shapes)
         original = subject.original
         data = None if calibration is None else Calibration(original, calibration)
-        feeds, sizes = _feeds(subject, data)
+        feeds, sizes = _feeds(subject, data, inputs or {})
         canonical = subject.canonical or canonicalize(original.clone(), sizes=sizes)
         limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
         guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
-        context = Context(target=target, threads=threads, sizes=sizes, calibration=data)
+        context = Context(target, threads, sizes, data, specs=inputs or {}, reference=canonical)
         progress.start("measure the input")
         best, steps, history = run_recipe(canonical, chosen.passes, guard, context, progress)
         progress.start("measure the result")
@@ -237,16 +240,19 @@ def example_feeds(model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None) 
     return fit_feeds(model, {name: as_array(entry, name) for name, entry in given.items()})
 
 
-def _feeds(subject: _Subject, data: Calibration | None) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
+def _feeds(
+    subject: _Subject, data: Calibration | None, specs: Mapping[str, InputSpec]
+) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
     """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in it."""
     model, feeds = subject.original, list(subject.feeds)
+    check_specs(model, specs)
     if not feeds and data is not None:
         feeds = [next(iter(data))]
     if not feeds:
-        feeds = probe_feeds(model, sizes=runnable_sizes(model))
+        feeds = probe_feeds(model, sizes=runnable_sizes(model, specs), specs=specs)
     sizes = _sizes_in(model, feeds[0])
     if sizes and len(feeds) == 1:
-        other = probe_feeds(model, sizes={name: 2 * size for name, size in sizes.items()}, seed=1)[0]
+        other = probe_feeds(model, sizes={name: 2 * size for name, size in sizes.items()}, seed=1, specs=specs)[0]
         if _runs(model, other):
             feeds.append(other)
     return feeds, sizes

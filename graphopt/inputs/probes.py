@@ -7,8 +7,11 @@ it indexes, and, last, its name. Whatever is guessed can be stated: see `InputSp
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +71,11 @@ class InputSpec:
             raise DataError(f"unknown kind of input {self.kind!r}", help=f"kinds are {', '.join(KINDS)}")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise DataError(f"the range of an input is empty: low {self.low} > high {self.high}")
+        numbers = [number for number in (self.mean, self.std, self.low, self.high) if number is not None]
+        if not np.isfinite(numbers).all():
+            raise DataError(f"what is stated of an input is not finite: {self}", help="leave out what is not known")
+        if self.std is not None and self.std < 0:
+            raise DataError(f"the standard deviation of an input is {self.std}, but must be at least 0")
 
 
 def probe_feeds(
@@ -99,23 +107,9 @@ def probe_feeds(
         >>> probe_feeds(model, sizes={"batch": 2})[0]["x"].shape
         (2, 3, 32, 32)
     """
-    specs = dict(specs or {})
-    inputs = model_inputs(model)
-    unknown = sorted(set(specs) - {value.name for value in inputs})
-    if unknown:
-        raise DataError(
-            f"the model has no input named {unknown[0]!r}",
-            help=f"its inputs are {', '.join(value.name or '?' for value in inputs)}",
-        )
-    bound = symbolic_sizes(model) | dict(sizes or {})
+    draws = probers(model, symbolic_sizes(model) | dict(sizes or {}), specs)
     generators = np.random.default_rng(seed).spawn(count)
-    return [
-        {
-            value.name or "": _probe(value, bound, specs.get(value.name or "", InputSpec()), generator)
-            for value in inputs
-        }
-        for generator in generators
-    ]
+    return [{name: draw(generator) for name, draw in draws.items()} for generator in generators]
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -141,13 +135,13 @@ def candidate_sizes(model: ir.Model) -> Iterator[dict[str, int]]:
     for value in model_inputs(model):
         for axis in range(len(value.shape or ())):
             name = dimension_name(value, axis)
-            if name and not _is_expression(name):
-                roles.setdefault(name, _role(value, axis, name))
+            if name and not is_expression(name):
+                roles.setdefault(name, dimension_role(value, axis, name))
     expressions = [
         dimension.value
         for value in model_inputs(model)
         for dimension in value.shape or ()
-        if not isinstance(dimension, int) and dimension.value and _is_expression(dimension.value)
+        if not isinstance(dimension, int) and dimension.value and is_expression(dimension.value)
     ]
     for batch, side, length, samples in (
         (1, 224, 16, 16000),
@@ -161,12 +155,12 @@ def candidate_sizes(model: ir.Model) -> Iterator[dict[str, int]]:
         table = {"batch": batch, "side": side, "length": length, "samples": samples, "channel": 3}
         sizes = {name: table[role] for name, role in roles.items()}
         for expression in expressions:
-            sizes[expression] = _evaluate(expression, sizes)
+            sizes[expression] = evaluate_expression(expression, sizes)
         yield sizes
 
 
-def runnable_sizes(model: ir.Model) -> dict[str, int]:
-    """The first of `candidate_sizes` with which onnxruntime runs the model on probes.
+def runnable_sizes(model: ir.Model, specs: Mapping[str, InputSpec] | None = None) -> dict[str, int]:
+    """The first of `candidate_sizes` with which onnxruntime runs the model on probes (made as `specs` say).
 
     Raises:
         DataError: none of them works; the message carries onnxruntime's reason for the first.
@@ -175,7 +169,7 @@ def runnable_sizes(model: ir.Model) -> dict[str, int]:
     first: GraphoptError | None = None
     for sizes in candidate_sizes(model):
         try:
-            session.run_feeds(probe_feeds(model, sizes=sizes)[0])
+            session.run_feeds(probe_feeds(model, sizes=sizes, specs=specs)[0])
         except DataError as error:
             first = first or error
         else:
@@ -187,7 +181,7 @@ def runnable_sizes(model: ir.Model) -> dict[str, int]:
     )
 
 
-def _role(value: ir.Value, axis: int, name: str) -> str:
+def dimension_role(value: ir.Value, axis: int, name: str) -> str:
     """What a symbolic dimension counts: batch, channel, side, length or samples."""
     lowered, shape = name.lower(), value.shape or ()
     if any(word in lowered for word in ("seq", "len", "token", "time", "past", "frame")):
@@ -207,11 +201,12 @@ def _role(value: ir.Value, axis: int, name: str) -> str:
     return "length"
 
 
-def _is_expression(name: str) -> bool:
+def is_expression(name: str) -> bool:
+    """Whether a symbolic dimension is computed from others, as the exporter writes it (`2*batch`)."""
     return not name.replace(".", "_").replace(":", "_").isidentifier() and any(sign in name for sign in "+-*/ ")
 
 
-def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+def evaluate_expression(expression: str, sizes: Mapping[str, int]) -> int:
     """Value of a dimension that the exporter wrote as a sum or product of others; 16 for anything else."""
     operations: dict[type[ast.operator], Callable[[int, int], int]] = {
         ast.Add: lambda a, b: a + b,
@@ -235,7 +230,56 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:
         return 16
 
 
-def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
+@dataclass(frozen=True)
+class Prober:
+    """How one input is made up: shape and type, and a function of the generator that gives the values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    values: Callable[[np.random.Generator], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return self.size * self.dtype.itemsize
+
+    def __call__(self, generator: np.random.Generator) -> np.ndarray:
+        """One array of the shape and type."""
+        return np.asarray(self.values(generator)).astype(self.dtype)
+
+
+def probers(model: ir.Model, sizes: Mapping[str, int], specs: Mapping[str, InputSpec] | None) -> dict[str, Prober]:
+    """How each input is made up, by name; nothing is drawn yet, and the model is not read again.
+
+    Raises:
+        DataError: as `probe_feeds`.
+    """
+    stated = dict(specs or {})
+    check_specs(model, stated)
+    return {
+        value.name or "": _prober(value, sizes, stated.get(value.name or "", InputSpec()))
+        for value in model_inputs(model)
+    }
+
+
+def check_specs(model: ir.Model, specs: Mapping[str, InputSpec]) -> None:
+    """Raise `DataError` where what is stated is of an input that the model does not have, or no `InputSpec`."""
+    names = [value.name or "?" for value in model_inputs(model)]
+    for name, spec in specs.items():
+        if name not in names:
+            raise DataError(f"the model has no input named {name!r}", help=f"its inputs are {', '.join(names)}")
+        if not isinstance(spec, InputSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DataError(
+                f"what is stated of input {name!r} is a {type(spec).__name__}", help="give a graphopt.InputSpec"
+            )
+
+
+def _prober(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec) -> Prober:
     is_tensor = value.type is None or isinstance(value.type, ir.TensorType)
     if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING or not is_tensor:
         raise DataError(
@@ -243,16 +287,20 @@ def _probe(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, generator
             help="pass example inputs",
         )
     shape = _concrete(value, sizes)
-    kind = spec.kind or _kind(value, shape)
+    kind = spec.kind or input_kind(value, shape)
     dtype = value.dtype.numpy()
     if _is_float(value):
-        return np.asarray(_float_probe(kind, shape, spec, generator)).astype(dtype)
+        return Prober(shape, dtype, partial(_float_probe, kind, shape, spec))
     if dtype == np.bool_ or kind == "mask":
-        return np.ones(shape, dtype)
+        return Prober(shape, dtype, lambda _: np.ones(shape))
     low, high = _integer_bounds(value, shape, kind)
     low = low if spec.low is None else int(spec.low)
     high = high if spec.high is None else int(spec.high) + 1
-    return np.asarray(generator.integers(low, max(high, low + 1), shape, dtype=np.int64)).astype(dtype)
+    return Prober(shape, dtype, partial(_integers, low, max(high, low + 1), shape))
+
+
+def _integers(low: int, high: int, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    return np.asarray(generator.integers(low, high, shape, dtype=np.int64))
 
 
 def _concrete(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -264,7 +312,7 @@ def _concrete(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
         elif name is not None and name in sizes:
             shape.append(sizes[name])
         else:
-            role = _role(value, axis, dimension.value or "")
+            role = dimension_role(value, axis, dimension.value or "")
             shape.append({"batch": 1, "side": 224, "length": 16, "samples": 16000, "channel": 3}[role])
     return tuple(shape)
 
@@ -273,7 +321,8 @@ def _is_float(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
 
 
-def _kind(value: ir.Value, shape: tuple[int, ...]) -> str:
+def input_kind(value: ir.Value, shape: tuple[int, ...]) -> str:
+    """What an input holds, one of `KINDS`, by its type, its shape, the table that it indexes, and its name."""
     name = (value.name or "").lower()
     if "mask" in name:
         return "mask"
@@ -283,10 +332,13 @@ def _kind(value: ir.Value, shape: tuple[int, ...]) -> str:
         return "audio"
     if any(word in name for word in _CACHE_WORDS):
         return "gaussian"
-    return "image" if _image_axes(shape) is not None else "gaussian"
+    first = dimension_name(value, 0) if value.shape else None
+    if len(shape) == 3 and first is not None and dimension_role(value, 0, first) == "batch":
+        return "gaussian"  # many points or steps of three numbers are no image
+    return "image" if image_axes(shape) is not None else "gaussian"
 
 
-def _image_axes(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+def image_axes(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     """Channel axis and spatial axes where the shape is that of images, video or feature maps, else None."""
     rank = len(shape)
     if rank not in (3, 4, 5):
@@ -302,7 +354,7 @@ def _image_axes(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
 def _float_probe(kind: str, shape: tuple[int, ...], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
     if kind == "mask":
         return np.ones(shape)
-    axes = _image_axes(shape)
+    axes = image_axes(shape)
     if kind == "image" and axes is not None:
         unit = np.clip(natural_images(generator, shape, *axes), -_IMAGE_CLIP, _IMAGE_CLIP)
     elif kind in ("image", "audio") and shape:

@@ -20,6 +20,7 @@ from graphopt.ir.ops.channels.quant import zero_point_of
 from graphopt.ir.ops.flow import OpaqueError, RepairSite
 from graphopt.ir.propagate import Facts, Propagation, propagate
 from graphopt.ir.rewrite import Rewriter, discard_if_unread
+from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 
 def remove_channels(
@@ -148,6 +149,7 @@ class _Removal:
     def run(self) -> None:
         for old, new in self._values:
             self._shrink(old, new)
+            self._cut_statistics(old, new)
         for old, new in _pairs_of_initializers(self.old, self.new):
             masks = self.kept(old)
             if masks is not None and any(mask is not None for mask in masks) and old.const_value is not None:
@@ -168,6 +170,17 @@ class _Removal:
             dimension if mask is None else int(mask.sum()) if isinstance(dimension, int) else None
             for dimension, mask in zip(new.shape, masks, strict=True)
         )
+
+    def _cut_statistics(self, old: ir.Value, new: ir.Value) -> None:
+        """What training has left about the channels of a value goes with them; all of it where it does not fit."""
+        statistics, masks = old.meta.get(BATCHNORM_STATISTICS), self.kept(old)
+        if statistics is None or masks is None or len(masks) < 2 or masks[1] is None:
+            return
+        mask = masks[1]
+        if all(array.shape == mask.shape for array in statistics):
+            new.meta[BATCHNORM_STATISTICS] = tuple(array[mask] for array in statistics)
+        else:
+            del new.meta[BATCHNORM_STATISTICS]
 
     # What stays ---------------------------------------------------------------------------------------------
 

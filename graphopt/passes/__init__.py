@@ -17,6 +17,7 @@ from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpression
 from graphopt.passes.merge_initializers import MergeInitializers
 from graphopt.passes.merge_linear import MergeLinear
 from graphopt.passes.pool_reduce_mean import PoolReduceMean
+from graphopt.passes.prune_channels import PruneChannels
 from graphopt.passes.quantize import Quantize
 
 ALL_PASSES: dict[str, type[Pass]] = {
@@ -36,6 +37,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         MergeCommonSubexpressions,
         MergeInitializers,
+        PruneChannels,
         Quantize,
     )
 }
@@ -59,6 +61,7 @@ __all__ = [
     "MergeLinear",
     "Pass",
     "PoolReduceMean",
+    "PruneChannels",
     "Quantize",
     "Remark",
     "RewriteResult",

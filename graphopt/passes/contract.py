@@ -9,12 +9,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from graphopt.inputs.probes import InputSpec
+from graphopt.inputs.source import Inputs, InputSource, find_inputs
+from graphopt.inputs.synthetic import Synthetic
 from graphopt.ir.fingerprint import fingerprint
 
 
@@ -57,6 +60,11 @@ class Context:
         sizes: number of elements of each symbolic dimension in the example inputs, by its name.
         calibration: iterable of feeds that the user gave, re-iterable, or None when data-free.
         remarks: filled by the passes.
+        specs: what the user stated about the inputs, by name.
+        reference: the model that inputs are made up for in the place of the one that a pass works on: of the same
+            interface, and as it was before any pass. In a run all passes then share the same inputs, made while
+            BatchNormalization was still there. None outside of a run: each model then gets its own.
+        progress: `progress(done, total, text)`, called while something takes long.
     """
 
     target: str = "cpu"
@@ -64,6 +72,50 @@ class Context:
     sizes: Mapping[str, int] = field(default_factory=dict)
     calibration: Any = None
     remarks: list[Remark] = field(default_factory=list)
+    specs: Mapping[str, InputSpec] = field(default_factory=dict)
+    reference: ir.Model | None = field(default=None, repr=False)
+    progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
+    _memo: dict[str, Inputs] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def inputs(self, model: ir.Model, source: str | InputSource = "auto", samples: int = 256) -> Inputs:
+        """Inputs for a model; whoever asks for the same model, source and number of samples gets the same ones.
+
+        Args:
+            model: the model that is to be fed; it is not changed. Inputs are made for `reference` instead, where that
+                is set and takes the same inputs.
+            source: one of `graphopt.inputs.source.SOURCES`, or a source with settings of its own. "auto" is the
+                user's calibration where given, else synthetic where torch is installed and the model can be lifted,
+                else probes.
+            samples: at most how many samples, whole batches where the batch is fixed.
+
+        Returns:
+            Re-iterable batches with their source, and why it is that one.
+
+        Raises:
+            DataError: the source is unknown, "calibration" was asked for and not given, or the model cannot be fed.
+
+        Example:
+            >>> model = ir.from_onnx_text(
+            ...     '<ir_version: 10, opset_import: ["": 21]> g (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }')
+            >>> found = Context().inputs(model, "probes", samples=5)
+            >>> found.source, [feeds["x"].shape for feeds in found.batches]
+            ('probes', [(5, 3)])
+        """
+        of = self.reference if self.reference is not None and _interface(self.reference) == _interface(model) else model
+        if self.target == "cuda" and source in ("auto", "synthetic") and (source != "auto" or self.calibration is None):
+            source = Synthetic(device="cuda")
+        return find_inputs(
+            of,
+            source,
+            calibration=self.calibration,
+            specs=self.specs,
+            sizes=self.sizes,
+            samples=samples,
+            threads=self.threads,
+            progress=self.progress,
+            note=lambda line: self.note("keep inputs on disk", line, of.graph.name or "?"),
+            memo=self._memo,
+        )
 
     def missed(self, what: str, why: str, where: ir.Node | ir.Value | str) -> None:
         """Record that a rewrite was declined."""
@@ -72,6 +124,10 @@ class Context:
     def note(self, what: str, why: str, where: ir.Node | ir.Value | str) -> None:
         """Record a fact that the user should know."""
         self.remarks.append(Remark("note", what, why, _name(where)))
+
+
+def _interface(model: ir.Model) -> list[tuple[str | None, str, str]]:
+    return [(value.name, str(value.type), str(value.shape)) for value in model.graph.inputs]
 
 
 def _name(where: ir.Node | ir.Value | str) -> str:

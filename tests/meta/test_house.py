@@ -82,7 +82,9 @@ def test_no_rooms_without_a_name() -> None:
 
 
 TORCH_ROOMS = ("graphopt.ir.ops.torch", "graphopt.train")
-TORCH_FILES = {f"graphopt.ir.{name}" for name in ("lifted", "lift_graph", "lift_weights", "lower")}
+TORCH_FILES = {f"graphopt.ir.{name}" for name in ("lifted", "lift_graph", "lift_weights", "lower")} | {
+    "graphopt.inputs.synthesis"
+}
 """What imports torch when it is loaded; nothing else may, and nothing else may import these when it is loaded."""
 
 

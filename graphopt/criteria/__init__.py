@@ -1,0 +1,6 @@
+"""How important a channel is: criteria by weights, activations and gradients, one protocol for all."""
+
+from graphopt.criteria.contract import Criterion, Knowledge
+from graphopt.criteria.registry import CRITERIA, criterion
+
+__all__ = ["CRITERIA", "Criterion", "Knowledge", "criterion"]

@@ -1,0 +1,277 @@
+"""Pass prune-channels: fewer channels, chosen by a criterion, as many as a target asks for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.criteria import Criterion, Knowledge, criterion
+from graphopt.errors import GraphoptError
+from graphopt.ir.channels import channel_groups
+from graphopt.ir.dimensions import symbolic_dimensions
+from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped
+from graphopt.passes.prune_plan import GroupPlan, PrunePlan, SkippedGroup, digest_of
+from graphopt.search import Allocation, Candidate, CostModel, Problem, Solution, Target, allocation, solve, unit_step
+from graphopt.search.rounding import check_round_to
+from graphopt.search.solve import TOLERANCE
+
+DEFAULT_RATIO = 0.3
+"""Share of the units that go where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Remove the least important channels, planned first, then cut out of every weight that holds a part of them.
+
+    A unit is whatever can only go together: an output channel of each layer that writes into a residual stream, its
+    BatchNormalization, its input channel of each layer that reads it; a head with its rows of all projections. With
+    y = B f(A x) and R the units that go,
+
+        y = sum over kept k of B[:, k] f(A[k, :] x)
+
+    which is what the full graph computes when all that the units of R own is 0 (cut equals masked, for every exact
+    group). Units are ranked inside a group by `criterion`; `allocation` says how many go of each group, and the width
+    that stays is rounded to what kernels compute fast. Groups and units: `graphopt.channel_groups`, after DepGraph
+    (Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", arXiv 2301.12900).
+
+    What a model outputs, and every channel that something unknown reads, stays: the analysis freezes it.
+
+    Options:
+        ratio: share of the units that goes, in [0, 1); of every group alike with allocation "uniform". 0.3 where no
+            target is given. Widths are rounded to the nearest, so that less or more may go.
+        macs, params, bytes: the share of multiply-accumulates, parameters or weight bytes of the whole model that is
+            to be left, in (0, 1]: macs=0.5 halves them. Met within 1 % where the widths allow. At most one of the four.
+        criterion: name in `graphopt.criteria.CRITERIA`, or a criterion; in TOML also a table with its name and options.
+        allocation: name in `graphopt.search.ALLOCATIONS`, or an allocation; in TOML also a table.
+        round_to: widths are multiples of this; 1 for any width, None for what the target's kernels are fast at:
+            multiples of 16, of a quarter of narrow groups (`graphopt.search.rounding.step_of`).
+        keep: shell patterns of names of groups, weights or nodes; whatever owns a part of these stays whole.
+        min_units: how many units of each group stay at least.
+        skip: shell patterns of roles that are left whole. By default what cuts twice or cannot be cut exactly:
+            "residual stream" (all layers lose it at once), "head width" and "value width" (heads go whole),
+            "query heads per key head", "groups" (of a convolution; "group width" goes) and "inexact", which stands for
+            all groups where removing differs from masking, because a normalisation or a mean runs over them.
+            `skip=()` prunes all of it.
+        compensation: "none", or the name of a reconstruction that folds what is lost into what reads the channels.
+        source: where inputs come from, where criterion or allocation need some: "auto", "calibration", "probes",
+            "synthetic".
+        seed: of everything random.
+
+    Before::
+
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[N,3,8,8] x, float[16,3,3,3] w_a, float[16] w_b, float[4,16,3,3] w_c) => (float[N,4,4,4] y) {
+          a = Conv (x, w_a, w_b)
+          r = Relu (a)
+          y = Conv (r, w_c)
+        }
+
+    After::
+
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[N,3,8,8] x, float[12,3,3,3] w_a, float[12] w_b, float[4,12,3,3] w_c) => (float[N,4,4,4] y) {
+          a = Conv (x, w_a, w_b)
+          r = Relu (a)
+          y = Conv (r, w_c)
+        }
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    semantics: ClassVar[Semantics] = Semantics.LOSSY
+    runs_after: ClassVar[tuple[str, ...]] = ("eliminate-identity", "fold-constants")
+
+    ratio: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    bytes: float | None = None
+    criterion: str | Criterion = "l2"
+    allocation: str | Allocation = "uniform"
+    round_to: int | None = None
+    keep: tuple[str, ...] = ()
+    min_units: int = 1
+    skip: tuple[str, ...] = DEFAULT_SKIP
+    compensation: str = "none"
+    source: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if len(given) > 1:
+            raise GraphoptError(
+                f"several targets are given: {', '.join(given)}",
+                help="give one of ratio, macs, params and bytes; a second pass can follow for another",
+            )
+        for name, share in given.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise GraphoptError(f"{name} is {share!r}, it must be a number")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise GraphoptError(f"ratio is {self.ratio}, it must be at least 0 and below 1", help="0.3 removes 30 %")
+        _ = self.target
+        for option in ("criterion", "allocation"):
+            value = getattr(self, option)
+            if isinstance(value, Mapping):  # a table of TOML
+                object.__setattr__(self, option, _from_table(option, value))
+        criterion(self.criterion)
+        allocation(self.allocation)
+        check_round_to(self.round_to)
+        check_patterns("keep", self.keep)
+        check_patterns("skip", self.skip)
+        if isinstance(self.min_units, bool) or not isinstance(self.min_units, int) or self.min_units < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GraphoptError(f"min_units is {self.min_units!r}, it must be a whole number of at least 1")
+
+    def _given(self) -> dict[str, float]:
+        found = {"ratio": self.ratio, "macs": self.macs, "params": self.params, "bytes": self.bytes}
+        return {name: share for name, share in found.items() if share is not None}
+
+    @property
+    def target(self) -> Target:
+        """What is to be left."""
+        ((name, share),) = self._given().items() or (("ratio", DEFAULT_RATIO),)
+        return Target("units", 1 - share) if name == "ratio" else Target(name, share)
+
+    def rewrite(self, model: ir.Model, context: Context) -> None:
+        """Plan and apply; the remarks say which groups stay, and why."""
+        self.apply(model, self.plan(model, context), context)
+
+    def plan(self, model: ir.Model, context: Context | None = None) -> PrunePlan:
+        """Decide everything, and change nothing.
+
+        Args:
+            model: canonical.
+            context: `sizes` binds symbolic dimensions, on which MACs depend; inputs come from it where they are needed.
+
+        Returns:
+            The plan.
+
+        Raises:
+            GraphoptError: a pattern matches nothing, or nothing can be pruned (the message lists the blockers).
+            TargetMissedError: the target cannot be met.
+            DataError: criterion or allocation need inputs that cannot be had.
+        """
+        context = context or Context()
+        sizes = {name: size for name, size in context.sizes.items() if name in symbolic_dimensions(model)}
+        groups = channel_groups(model, sizes=sizes or None)
+        chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
+        remark_skipped(skipped, context)
+        feeds = _Feeds(model, context, self.source)
+        ranking = criterion(self.criterion)
+        knowledge = Knowledge(
+            model, groups, None if ranking.needs == "weights" else feeds, max(context.threads, 0), self.seed
+        )
+        scores = ranking.scores(knowledge, chosen)
+        candidates = tuple(
+            Candidate(
+                group,
+                np.asarray(scores[group.name], np.float64),
+                step=unit_step(group, self.round_to),
+                least=self.min_units,
+            )
+            for group in chosen
+        )
+        costs = CostModel(model, groups, sizes or None)
+        problem = Problem(model, groups, candidates, self.target, costs, lambda: feeds, max(context.threads, 0))
+        solution = solve(problem, allocation(self.allocation), sizes or None)
+        plan = self._planned(model, problem, solution, skipped, feeds)
+        _remark(plan, problem, solution, context)
+        return plan
+
+    def _planned(
+        self,
+        model: ir.Model,
+        problem: Problem,
+        solution: Solution,
+        skipped: list[SkippedGroup],
+        feeds: _Feeds,
+    ) -> PrunePlan:
+        target = self.target
+        asked = f"{1 - target.share:.3g} of the units" if target.kind == "units" else f"to {target}"
+        return PrunePlan(
+            digest_of(model),
+            tuple(_group_plan(candidate, solution.removed[candidate.name]) for candidate in problem.candidates),
+            tuple(skipped),
+            criterion=str(self.criterion),
+            allocation=str(self.allocation),
+            target=asked,
+            share=solution.share,
+            compensation=self.compensation,
+            source=feeds.sentence,
+            before=solution.before,
+            after=solution.after,
+        )
+
+    def apply(self, model: ir.Model, plan: PrunePlan, context: Context | None = None) -> None:
+        """Rewrite `model` in place as the plan says.
+
+        Args:
+            model: the model that the plan was made for.
+            plan: what `plan` returned, or `PrunePlan.from_json`.
+            context: inputs for the compensation, where the plan has one.
+
+        Raises:
+            GraphoptError: the plan was made for another model. Nothing has changed then.
+        """
+        before = model.clone()
+        pruned = plan.pruned(before)
+        if not plan.selection:
+            return
+        model.graph = pruned.graph
+        if plan.compensation != "none":
+            _compensate(before, model, plan, context or Context())
+
+
+def _compensate(before: ir.Model, after: ir.Model, plan: PrunePlan, context: Context) -> None:
+    """The one place where a reconstruction is called; it rewrites `after` in place."""
+    importlib.import_module("graphopt.passes.reconstruct").compensate(before, after, plan, context)
+
+
+def _from_table(option: str, table: Mapping[str, Any]) -> Criterion | Allocation:
+    """A criterion or allocation written as a table with its name and options."""
+    values = dict(table)
+    if not isinstance(values.get("name"), str):
+        raise GraphoptError(f"{option} is a table without a name", help=f'{option} = {{name = "...", ...}}')
+    name = values.pop("name")
+    return criterion(name, **values) if option == "criterion" else allocation(name, **values)
+
+
+class _Feeds:
+    """Batches of inputs that are made when somebody first asks for them, the same ones for everybody."""
+
+    def __init__(self, model: ir.Model, context: Context, source: str) -> None:
+        self._model, self._context, self._source = model, context, source
+        self._batches: Iterable[Mapping[str, np.ndarray]] | None = None
+        self.sentence = ""
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
+        if self._batches is None:
+            found = self._context.inputs(self._model, self._source)
+            self._batches = found.batches
+            self.sentence = f"{found.source}: {found.why}"
+            self._context.note("prune channels", f"inputs from {self.sentence}", "model")
+        return iter(self._batches)
+
+
+def _group_plan(candidate: Candidate, removed: tuple[int, ...]) -> GroupPlan:
+    boundary = None
+    if removed:
+        gone = np.isin(np.arange(candidate.units), removed)
+        boundary = float(candidate.scores[gone].max()), float(candidate.scores[~gone].min())
+    return GroupPlan(candidate.name, candidate.group.role, candidate.units, removed, boundary)
+
+
+def _remark(plan: PrunePlan, problem: Problem, solution: Solution, context: Context) -> None:
+    for name in solution.limited:
+        context.missed("prune channels", "several groups share an axis, and something must be left on it", name)
+    target = problem.target
+    if not plan.selection and target.share < 1:
+        steps = sorted({candidate.step for candidate in problem.candidates})
+        why = f"no group loses a unit: widths are rounded to multiples of {', '.join(map(str, steps))} units"
+        context.missed("prune channels", f"{why}; round_to=1 allows any", "model")
+    elif target.kind != "units" and abs(solution.share - target.share) > TOLERANCE * target.share:
+        why = f"{solution.share:.3f} of the {target.kind} is left: the widths come no nearer to {target.share:.3f}"
+        context.note("prune channels", why, "model")

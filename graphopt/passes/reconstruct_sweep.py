@@ -1,0 +1,275 @@
+"""One sweep over a damaged graph: each linear operator solved anew on what it reads now, in graph order.
+
+    min over W, b:  E |z* - (s (W p + b) + t + o)|^2 + ridge
+
+p are the patches that the operator reads in the damaged graph as rebuilt so far, z* is the value behind it in the graph
+before, o another branch that is added, whose error is taken up too. Where a Relu follows, only the part of z* matters
+that it lets through: z* is replaced by what is there already as long as both lie below 0, and the solve repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.inputs.moments import SecondMoments, choose_ridge
+from graphopt.ir.linear import Linear, linear_at
+from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
+from graphopt.ir.origin import Origin
+from graphopt.ir.pieces import Pieces
+from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op
+from graphopt.passes.contract import Context
+from graphopt.passes.reconstruct_sites import Path, Tail, damaged_values, path_to, tails, target_rows
+
+WHAT = "rebuild"
+"""What remarks say was declined."""
+_ROWS_A_COLUMN, _ROWS = 128, 8192
+"""How many rows are looked at for each input of an output, and beyond; neighbouring rows say nearly the same."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done at each operator.
+
+    Attributes:
+        ridge: smallest ridge, relative to the mean variance of an input.
+        hinges: how often the target is adapted to what the following Relu or Clip cuts off.
+        refits: how often the operator before is solved again too (`graphopt.passes.reconstruct_refit`).
+    """
+
+    ridge: float = 1e-3
+    hinges: int = 3
+    refits: int = 3
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What became of one operator.
+
+    Attributes:
+        node: its name.
+        before, after: mean square error of its target, before and after, relative to the variance of the target.
+        ridge: what was used.
+    """
+
+    node: str
+    before: float
+    after: float
+    ridge: float
+
+
+@dataclass
+class Site:
+    """One linear operator with the rows of each batch.
+
+    Attributes:
+        rows: the operator as a product of matrices.
+        tail: what should be right.
+        damaged, reference: the two graphs.
+        target: the namesake of the tail's value in the reference.
+        origin: how values of the reference are cut.
+        chosen: for each batch the rows that are looked at, None for all.
+    """
+
+    rows: LinearRows
+    tail: Tail
+    damaged: Pieces
+    reference: Pieces
+    target: ir.Value
+    origin: Origin
+    chosen: list[np.ndarray | None] = field(default_factory=list["np.ndarray | None"])
+
+    @property
+    def linear(self) -> Linear:
+        """The operator."""
+        return self.rows.linear
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        """What has to be known of the damaged graph."""
+        return [self.linear.data, *([] if self.tail.other is None else [self.tail.other])]
+
+    def data(self, batch: int) -> np.ndarray:
+        """What the operator reads now, in its own layout."""
+        return np.asarray(self.damaged.array(self.linear.data, batch), np.float32)
+
+    def patches(self, batch: int) -> np.ndarray:
+        """What the operator reads now: [G, R, K], of the chosen rows."""
+        return self.rows.patches(self.data(batch), self.chosen[batch])
+
+    def wanted(self, batch: int) -> np.ndarray:
+        """What the tail should be, in its own layout."""
+        array = self.origin.cut(self.tail.value.name or "", self.reference.array(self.target, batch))
+        return np.asarray(array, np.float32)
+
+    def targets(self, batch: int, now: np.ndarray | None = None) -> np.ndarray:
+        """What the operator should make: [R, M], of the chosen rows.
+
+        With `now`, what it makes now [R, M], the bounds are heeded.
+        """
+        other = None if self.tail.other is None else self.damaged.array(self.tail.other, batch)
+        rows = [None if array is None else self.rows.rows(array) for array in (self.wanted(batch), other)]
+        chosen = self.chosen[batch]
+        wanted, added = [array if array is None or chosen is None else array[chosen] for array in rows]
+        assert wanted is not None
+        return target_rows(self.tail, wanted, added, now)
+
+    def choose(self, most: int) -> None:
+        """Look at `most` rows at most, the same share of each batch, drawn at random."""
+        counts = [self.rows.count(self.data(batch)) for batch in range(self.damaged.batches)]
+        share = most / max(sum(counts), 1)
+        generator = np.random.default_rng(0)
+        self.chosen = [
+            None if share >= 1 else np.sort(generator.choice(count, max(1, int(count * share)), replace=False))
+            for count in counts
+        ]
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a part of the target does not matter."""
+        return bool(np.isfinite(self.tail.low) or np.isfinite(self.tail.high))
+
+
+class Sweep:
+    """Rebuilds the linear operators of a damaged graph in place."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        origin: Origin,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        effort: Effort,
+        context: Context,
+        refit: Callable[[Site, Path, Sweep], None] | None = None,
+    ) -> None:
+        kept = [dict(feeds) for feeds in batches]
+        self.model, self.origin, self.effort, self.context = model, origin, effort, context
+        self.damaged = Pieces(model, kept, threads=0)
+        self.reference = Pieces(origin.model, kept, threads=0)
+        self.rewriter = Rewriter(model)
+        self.refit = refit
+        self.solved: list[Solved] = []
+        self._known = {value.name: value for node in origin.model.graph for value in node.outputs}
+
+    def run(self) -> None:
+        """Solve every operator that reads damaged values, in graph order."""
+        damaged = damaged_values(self.model, self.origin)
+        nodes = [node for node in self.model.graph if self._is_site(node, damaged)]
+        paths = {node: self._path(node) for node in nodes}
+        self.damaged.hold(path.producer.data for path in paths.values() if path is not None)
+        waiting = set(nodes)
+        for number, node in enumerate(nodes):
+            if self.context.progress is not None:
+                self.context.progress(number, len(nodes), f"rebuild {node.name}")
+            try:
+                self._rebuild(node, paths[node], waiting)
+            except DeclinedError as refusal:
+                self.context.missed(WHAT, refusal.why, refusal.where or node)
+            waiting.discard(node)
+
+    def _is_site(self, node: ir.Node, damaged: set[ir.Value]) -> bool:
+        """Whether the node is linear with a weight of its own and reads damaged values."""
+        try:
+            linear = linear_at(node)
+        except DeclinedError as refusal:
+            if node.inputs[0] in damaged:
+                self.context.missed(WHAT, refusal.why, node)
+            return False
+        if linear is None:
+            if is_op(node, "LSTM", "GRU", "RNN") and node.inputs[0] in damaged:
+                self.context.missed(WHAT, "recurrent operators cannot take up what their inputs lost", node)
+            return False
+        return linear.data in damaged
+
+    def _path(self, node: ir.Node) -> Path | None:
+        """The way to the operator that made its channels, where some of them are gone and it may be solved again."""
+        linear = linear_at(node)
+        assert linear is not None
+        if self.refit is None or not self.effort.refits or linear.data.name not in self.origin.kept:
+            return None
+        path = path_to(linear.data)
+        if path is None or _shared(path.producer) or _shared(linear):
+            return None
+        return path
+
+    def _rebuild(self, node: ir.Node, path: Path | None, waiting: set[ir.Node]) -> None:
+        linear = linear_at(node)
+        assert linear is not None
+        if _shared(linear):
+            raise DeclinedError("its weight is read by other operators too", node)
+        site = self._site(linear, waiting)
+        self.reference.compute([site.target])
+        self.damaged.compute(site.reads)
+        try:
+            self._check(site)
+            site.choose(_ROWS_A_COLUMN * site.rows.columns + _ROWS)
+            self.solve(site)
+            if path is not None and self.refit is not None:
+                self.refit(site, path, self)
+        finally:
+            self.damaged.release([*site.reads, *([path.producer.data] if path is not None else [])])
+            self.reference.release([site.target])
+
+    def _site(self, linear: Linear, waiting: set[ir.Node]) -> Site:
+        """The operator with the farthest target that can be known now."""
+        rows = linear_rows(linear)
+        for tail in tails(linear, self.origin):
+            if tail.other is not None and self.damaged.pending(tail.other) & waiting - {linear.node}:
+                continue  # the other branch is not rebuilt yet, and will take up what this one leaves
+            return Site(rows, tail, self.damaged, self.reference, self._known[tail.value.name], self.origin)
+        raise DeclinedError("what it made before is not known", linear.node)
+
+    def _check(self, site: Site) -> None:
+        linear, wanted = site.linear, site.wanted(0)
+        other = None if site.tail.other is None else self.damaged.array(site.tail.other, 0)
+        if wanted.ndim != (linear.rank or wanted.ndim) or (other is not None and other.shape != wanted.shape):
+            raise DeclinedError("what it made before has another shape", linear.node)
+        channels = wanted.shape[linear.out_axis]
+        if channels != linear.out_channels:
+            raise DeclinedError(f"it makes {linear.out_channels} channels and made {channels}", linear.node)
+        if len(site.rows.rows(wanted)) != site.rows.count(site.data(0)):
+            raise DeclinedError("what it made before has other positions", linear.node)
+
+    def solve(self, site: Site) -> None:
+        """Solve one operator and write its weight back."""
+        prior, bias = site.rows.weight(), site.linear.bias()
+        halves = (self._moments(site, 0), self._moments(site, 1)) if self.damaged.batches > 1 else None
+        both = self._moments(site, None) if halves is None else halves[0].plus(halves[1])
+        ridge = self.effort.ridge if halves is None else choose_ridge(halves, prior, self.effort.ridge)
+        if halves is None and both.count < 20 * site.rows.columns:
+            ridge = max(ridge, 1.0)  # one small batch: nothing to check a solution on
+        before = both.error(prior, bias)
+        weight, bias = both.solve(prior, ridge)
+        after = both.error(weight, bias)
+        for _ in range(self.effort.hinges if site.is_bounded else 0):
+            both = both.with_targets_of(self._moments(site, None, (weight, bias)))
+            weight, bias = both.solve(prior if not np.isfinite(ridge) else weight, ridge)
+        variance = float((both.energy - np.square(both.targets) / both.count).sum() / both.count)
+        scale = variance or 1.0
+        self.solved.append(Solved(site.linear.node.name or "", before / scale, after / scale, ridge))
+        self.store(site.linear, site.rows.as_weight(weight), bias)
+
+    def _moments(self, site: Site, half: int | None, now: tuple[np.ndarray, np.ndarray] | None = None) -> SecondMoments:
+        """Moments over all batches, or over every second one; with `now` = (weight, bias) only of the targets."""
+        rows = site.rows
+        moments = SecondMoments.empty(rows.groups, rows.columns, site.linear.out_channels // rows.groups)
+        for batch in range(self.damaged.batches):
+            if half is not None and batch % 2 != half:
+                continue
+            patches = site.patches(batch)
+            made = None if now is None else apply_rows(patches, *now)
+            moments.add(patches, site.targets(batch, made), inner=now is None)
+        return moments
+
+    def store(self, linear: Linear, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Write a weight [M, C / G, *kernel] and bias [M] back."""
+        linear.store(self.rewriter, weight, bias)
+
+
+def _shared(linear: Linear) -> bool:
+    """Whether anything else reads the operator's weight."""
+    weight = linear.node.inputs[linear.weight_index]
+    return weight is not None and len(weight.uses()) != 1
