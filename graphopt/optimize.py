@@ -146,7 +146,9 @@ def optimize(
         canonical = subject.canonical or canonicalize(original.clone(), sizes=sizes)
         limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
         guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
-        context = Context(target, threads, sizes, data, specs=inputs or {}, reference=canonical)
+        context = Context(
+            target, threads, sizes, data, specs=inputs or {}, reference=canonical, progress=progress.detail
+        )
         progress.start("measure the input")
         best, steps, history = run_recipe(canonical, chosen.passes, guard, context, progress)
         progress.start("measure the result")
@@ -155,11 +157,6 @@ def optimize(
         best, final = original, None
         slower = "slower than the input, which is returned"
         steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason=slower, cause=SPEED))
-    explicit = max_drop is not None or tolerance is not None
-    reached, given = best.opset_imports.get("", 0), original.opset_imports.get("", 0)
-    if reached != given:
-        guard.notes.append(f"the result uses opset {reached}, the input {given}")
-    notes = [*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ()), *guard.notes, *(data.notes if data else ())]
     report = Report(
         source=subject.name,
         recipe=chosen.name,
@@ -172,8 +169,8 @@ def optimize(
         error=None if final is None else final.error,
         metric=None if final is None else final.metric,
         weights=_fates(canonical, history, steps),
-        notes=tuple(dict.fromkeys(notes)),
-        missed=_missed(steps, chosen, explicit=explicit),
+        notes=_notes(original, canonical, best, guard, data),
+        missed=_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
         environment=_environment(),
     )
     return Result(best, report, original, target)
@@ -290,6 +287,16 @@ def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None
     for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
         if value is not None and not value >= 0:
             raise DataError(f"`{name}` is {value}, but must be at least 0", where=name)
+
+
+def _notes(
+    original: ir.Model, canonical: ir.Model, best: ir.Model, guard: Guard, data: Calibration | None
+) -> tuple[str, ...]:
+    """What the user should know of the model, the measurements, the data and the result; each sentence once."""
+    reached, given = best.opset_imports.get("", 0), original.opset_imports.get("", 0)
+    changed = [f"the result uses opset {reached}, the input {given}"] if reached != given else []
+    graphs = (*original.meta.get(NOTES, ()), *canonical.meta.get(NOTES, ()))
+    return tuple(dict.fromkeys([*graphs, *guard.notes, *changed, *(data.notes if data else ())]))
 
 
 def _data_sentence(data: Calibration | None) -> str:

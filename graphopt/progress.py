@@ -30,13 +30,19 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total)
         self._started = False
+        self._name = ""
 
     def start(self, name: str) -> None:
         """Say what runs now; what ran before is done."""
         if self._started:
             self._bar.advance(self._task)
         self._started = True
+        self._name = name
         self._bar.update(self._task, description=name)
+
+    def detail(self, done: int, total: int, text: str) -> None:
+        """Say how far what runs now has come, `done` of `total` parts of `text`; nothing counts as done."""
+        self._bar.update(self._task, description=f"{self._name}: {text} {done}/{total}")
 
     def finish(self, step: Step) -> None:
         """Keep a step that was rolled back on the screen."""

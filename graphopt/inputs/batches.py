@@ -26,6 +26,8 @@ from graphopt.ir.session import open_session
 _BATCH_ELEMENTS = 32 * 3 * 64 * 64
 """Input elements in one batch of probes, within `_SMALLEST_BATCH` and `_LARGEST_BATCH`: 64 images of 3 x 32 x 32, 8 of
 3 x 224 x 224."""
+_SMALL_ELEMENTS = 3 * 64 * 64
+"""Elements in one small sample, see `usual_samples`."""
 _SMALLEST_BATCH = 8
 _LARGEST_BATCH = 64
 _KEPT_BYTES = 256 * 1024 * 1024
@@ -58,6 +60,7 @@ class ProbeBatches:
         specs: Mapping[str, InputSpec] | None = None,
         batch: int | None = None,
         free: bool = True,
+        texture: str = "leaves",
     ) -> None:
         """Decide what the batches hold.
 
@@ -69,21 +72,22 @@ class ProbeBatches:
             specs: what is known of an input, by its name.
             batch: largest number of samples in a batch, where it is free.
             free: whether the model runs with any number of samples where the dimension is symbolic.
+            texture: what images show, one of `graphopt.inputs.probes.TEXTURES`.
 
         Raises:
             DataError: as `probe_feeds`.
         """
-        single = probers(model, resized(model, sizes, 1), specs)
+        single = probers(model, resized(model, sizes, 1), specs, texture)
         if free and batch_dimensions(model):
             elements = max(sum(draw.size for draw in single.values()), 1)
             size = int(np.clip(_BATCH_ELEMENTS // elements, _SMALLEST_BATCH, _LARGEST_BATCH))
             size = max(1, min(size, samples, size if batch is None else batch))
             counts = [size] * (samples // size) + [samples % size] * (samples % size > 0)
-            kinds = {count: probers(model, resized(model, sizes, count), specs) for count in set(counts)}
+            kinds = {count: probers(model, resized(model, sizes, count), specs, texture) for count in set(counts)}
             self._probers = [kinds[count] for count in counts]
             self.samples = samples
         else:
-            fixed = probers(model, sizes, specs)
+            fixed = probers(model, sizes, specs, texture)
             rows = SampleCounter(model)({name: draw.shape for name, draw in fixed.items()})
             self._probers = [fixed] * -(-samples // rows)
             self.samples = rows * len(self._probers)
@@ -133,6 +137,33 @@ def resized(model: ir.Model, sizes: Mapping[str, int], batch: int) -> dict[str, 
             if name and is_expression(name):
                 changed[name] = evaluate_expression(name, changed)
     return changed
+
+
+def usual_samples(
+    model: ir.Model,
+    sizes: Mapping[str, int] | None = None,
+    specs: Mapping[str, InputSpec] | None = None,
+    *,
+    most: int = 512,
+    least: int = 256,
+) -> int:
+    """How many samples are enough and not too many: `most` where they are small, in proportion fewer, down to `least`.
+
+    Samples are small where all inputs of one hold up to 12,288 numbers (an image of 3 x 64 x 64) together.
+
+    Raises:
+        DataError: as `probe_feeds`.
+
+    Example:
+        >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'
+        ...     ' g (float[n, 3, side, side] x) => (float[n, 3, side, side] y) { y = Relu(x) }')
+        >>> [usual_samples(model, {"n": 1, "side": side}) for side in (32, 80, 224)]
+        [512, 327, 256]
+    """
+    draws = probers(model, resized(model, symbolic_sizes(model) | dict(sizes or {}), 1), specs)
+    samples = SampleCounter(model)({name: draw.shape for name, draw in draws.items()})
+    elements = max(sum(draw.size for draw in draws.values()) / samples, 1.0)
+    return int(np.clip(most * _SMALL_ELEMENTS / elements, least, most))
 
 
 class SampleCounter:

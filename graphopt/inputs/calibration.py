@@ -24,7 +24,7 @@ class Calibration:
     is refused with the way out, not cut.
 
     A source that can be iterated again (a list, a DataLoader) is streamed: nothing is kept. A one-pass source
-    (a generator) is recorded while it is first read, up to `RECORDED_BYTES`.
+    (a generator) is recorded while it is read, as far as it is read, up to `RECORDED_BYTES`.
 
     Attributes:
         samples: number of samples of the last complete pass: sizes of axis 0 summed over the items (1 for an
@@ -63,8 +63,9 @@ class Calibration:
         self._source: Iterable[Any] = source
         self._limit = limit
         self._one_pass = isinstance(source, Iterator)
-        self._recorded: list[dict[str, np.ndarray]] | None = None
-        self._started = False
+        self._recorded: list[dict[str, np.ndarray]] = []
+        self._recorded_bytes = 0
+        self._rest: Iterator[dict[str, np.ndarray]] | None = None
         self.samples: int | None = None
         self.notes: list[str] = []
 
@@ -72,19 +73,35 @@ class Calibration:
         """One pass over the data.
 
         Raises:
-            DataError: an item does not fit the model (which item and which input is said), there is no item, or
-                a one-pass source is asked for a second pass that was not recorded.
+            DataError: an item does not fit the model (which item and which input is said), there is no item, or a
+                one-pass source is larger than what is recorded.
         """
-        if self._recorded is not None:
-            yield from self._recorded
-            return
-        if self._one_pass and self._started:
+        yield from self._replayed() if self._one_pass else self._stream()
+
+    def _replayed(self) -> Iterator[dict[str, np.ndarray]]:
+        """What has been recorded of a one-pass source, then what is still to come of it."""
+        position = 0
+        while position < len(self._recorded) or self._record():
+            yield self._recorded[position]
+            position += 1
+
+    def _record(self) -> bool:
+        """Read one more item of a one-pass source; False at its end."""
+        if self._rest is None:
+            self._rest = self._stream()
+        feeds = next(self._rest, None)
+        if feeds is None and self.samples is None:
+            raise DataError("the calibration data is a one-pass iterator that has failed before", help="see that error")
+        if feeds is None:
+            return False
+        self._recorded_bytes += sum(array.nbytes for array in feeds.values())
+        if self._recorded_bytes > RECORDED_BYTES:
             raise DataError(
-                "the calibration data was a one-pass iterator and has already been read in part",
+                f"the calibration data is a one-pass iterator of more than {RECORDED_BYTES >> 20} MiB",
                 help="pass something that can be iterated again: a list, a DataLoader, an object with __iter__",
             )
-        self._started = True
-        yield from self._first_pass() if self._one_pass else self._stream()
+        self._recorded.append(feeds)
+        return True
 
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
         samples = items = 0
@@ -99,20 +116,6 @@ class Calibration:
                 help="pass at least one set of inputs, or none at all (calibration=None) to go data-free",
             )
         self.samples = samples
-
-    def _first_pass(self) -> Iterator[dict[str, np.ndarray]]:
-        recorded: list[dict[str, np.ndarray]] = []
-        kept = 0
-        for feeds in self._stream():
-            kept += sum(array.nbytes for array in feeds.values())
-            if kept > RECORDED_BYTES:
-                raise DataError(
-                    f"the calibration data is a one-pass iterator of more than {RECORDED_BYTES >> 20} MiB",
-                    help="pass something that can be iterated again: a list, a DataLoader, an object with __iter__",
-                )
-            recorded.append(feeds)
-            yield feeds
-        self._recorded = recorded
 
     def _items(self) -> Iterator[Any]:
         for index, item in enumerate(self._source):

@@ -4,7 +4,8 @@ Every value that a linear operator computes is taken for Gaussian (it is a sum o
 covariance that follow from what it reads. Behind an activation, mean and covariance are those of a function of
 correlated Gaussian numbers. Nothing is run and no gradient is taken; what BatchNormalization has recorded of the
 training data overrides what was computed. Sources: Hinton, van Camp 1993 and Frey, Hinton 1999 (moments through
-nonlinear units), Mehler 1866 (correlations), Field 1987 (natural images); composed here.
+nonlinear units), Mehler 1866 (correlations); composed here. Images are taken to be those of
+`graphopt.inputs.spectra.natural_images`.
 
 Assumptions: the covariance of two channels at two positions is that at one position times an autocorrelation over
 space that all channels share; different values that meet in Add, Mul or Concat are independent (a branch and its
@@ -14,17 +15,20 @@ for on average).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import onnx_ir as ir
+from scipy import ndimage
 
 from graphopt.inputs.gaussian_layout import LAYOUT_RULES
 from graphopt.inputs.gaussian_moments import Moments, Second, lag_grid, mean_of_relu
 from graphopt.inputs.gaussian_rules import ARITHMETIC_RULES
 from graphopt.inputs.gaussian_site import Rule, Site, restated
 from graphopt.inputs.probes import InputSpec, check_specs, image_axes, input_kind, model_inputs, symbolic_sizes
-from graphopt.inputs.spectra import natural_images
+from graphopt.inputs.spectra import NOISE, NOISE_EXPONENT, dead_leaves, natural_images
 from graphopt.ir.inference import Inference
 from graphopt.ir.ops.row import Shape
 from graphopt.ir.propagate import propagate
@@ -35,7 +39,8 @@ __all__ = ["RULES", "Moments", "mean_of_relu", "propagate_moments"]
 
 RULES: dict[str, Rule] = {**ARITHMETIC_RULES, **LAYOUT_RULES}
 """Rule by operator of the standard domain; what is not here gives unknown moments."""
-_COLOUR_SAMPLES = 4096
+_DRAWN_IMAGES, _DRAWN_SIDE, _DRAWN_FRAMES = 128, 64, 16
+"""Images from which moments of images are taken, at most so many pixels square, and frames of a video among them."""
 _SOUND_EXPONENT = 0.5
 
 
@@ -148,7 +153,7 @@ def _fits(moments: Moments, shape: Shape | None) -> bool:
 
 
 def _input_moments(value: ir.Value, shape: Shape | None, spec: InputSpec) -> Moments | None:
-    """What probes look like: images with the colours and the spectrum of natural ones, 1/f sound, white noise."""
+    """What probes look like: images of shapes that hide each other, 1/f sound, white noise."""
     if shape is None or len(shape) < 2 or value.dtype is None or not value.dtype.is_floating_point():
         return None
     kind = spec.kind or input_kind(value, shape)
@@ -159,7 +164,7 @@ def _input_moments(value: ir.Value, shape: Shape | None, spec: InputSpec) -> Mom
     if kind == "image" and axes is not None:
         channel, spatial = axes
         channels, sizes = shape[channel], [shape[axis] for axis in spatial]
-        lags = pink_autocorrelation(sizes, 1.0)
+        lags = natural_autocorrelation(tuple(sizes))
         covariance = _colours(channels) * std**2
     else:
         channel = _channel_axis(value, len(shape))
@@ -198,14 +203,54 @@ def _channel_axis(value: ir.Value, rank: int) -> int:
     return rank - 1 if rank == 3 else 1
 
 
+@lru_cache(maxsize=64)
 def _colours(channels: int) -> np.ndarray:
     """Covariance of the channels of `natural_images`, mean variance 1: [C, C]."""
-    if channels == 1:
-        return np.ones((1, 1))
-    shape = (max(_COLOUR_SAMPLES // channels, 64), channels, 4, 4)
+    drawn_channels = 3 if channels == 3 else min(channels, 4)
+    shape = (_DRAWN_IMAGES, drawn_channels, 32, 32)
     drawn = natural_images(np.random.default_rng(0), shape, 1, (2, 3))
-    covariance = np.cov(np.moveaxis(drawn, 1, 0).reshape(channels, -1), bias=True)
+    covariance = np.cov(np.moveaxis(drawn, 1, 0).reshape(drawn_channels, -1), bias=True).reshape((drawn_channels,) * 2)
+    if channels not in (1, 3):  # any two of them are alike
+        trace, total = np.trace(covariance), covariance.sum()
+        shared = (total - trace) / (trace * (drawn_channels - 1))
+        return shared + (1 - shared) * np.eye(channels)
     return covariance / np.trace(covariance) * channels
+
+
+@lru_cache(maxsize=64)
+def natural_autocorrelation(sizes: tuple[int, ...]) -> np.ndarray:
+    """Autocorrelation of `graphopt.inputs.spectra.natural_images`, estimated on some that are small.
+
+    Their leaves are scale invariant: what is seen on a small image holds for a large one, lags in parts of the side.
+
+    Args:
+        sizes: extent along each axis: time, if any, then height and width.
+
+    Returns:
+        float64, one odd axis an axis, lag 0 in the middle, where it is 1.
+
+    Example:
+        >>> found = natural_autocorrelation((8, 8))
+        >>> found.shape, float(found[7, 7]), bool(found[7, 7] > found[7, 8] > found[7, 10])
+        ((15, 15), 1.0, True)
+    """
+    scale = min(1.0, _DRAWN_SIDE / math.sqrt(math.prod(sizes[-2:])))
+    small = [min(size, _DRAWN_FRAMES) for size in sizes[:-2]] + [math.ceil(size * scale) for size in sizes[-2:]]
+    images = max(_DRAWN_IMAGES // math.prod(small[:-2]), 48)
+    axes = tuple(range(2, 2 + len(sizes)))
+    leaves = dead_leaves(np.random.default_rng(0), (images, 1, *small), 1, axes)
+    padded = [2 * size - 1 for size in small]
+    power = np.square(np.abs(np.fft.rfftn(leaves, padded, axes))).sum(axis=(0, 1))
+    summed = np.fft.fftshift(np.fft.irfftn(power, padded, tuple(range(len(small)))))
+    pairs = math.prod(np.ix_(*(size - np.abs(np.arange(1 - size, size)) for size in small)))
+    middle = tuple(size - 1 for size in small)
+    known = summed / pairs
+    parts = np.reshape([one / whole for one, whole in zip(small, sizes, strict=True)], (-1, *[1] * len(sizes)))
+    places = lag_grid(sizes) * parts + np.reshape(middle, parts.shape)
+    found = ndimage.map_coordinates(np.clip(known / known[middle], -1.0, 1.0), places, order=1, mode="nearest")
+    found = (found + NOISE**2 * pink_autocorrelation(sizes, NOISE_EXPONENT)) / (1.0 + NOISE**2)
+    found.setflags(write=False)  # it is kept, and shared by whoever asks
+    return found
 
 
 def pink_autocorrelation(sizes: Iterable[int], exponent: float) -> np.ndarray:

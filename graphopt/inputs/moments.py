@@ -150,10 +150,12 @@ def _divide(wanted: np.ndarray, covariance: np.ndarray, ridge: float) -> np.ndar
     if not scale > 0:
         return np.zeros_like(wanted)
     if ridge > 0:
-        regular = covariance + ridge * scale * np.eye(len(covariance))
+        regular = covariance.copy()
+        np.fill_diagonal(regular, np.diagonal(regular) + ridge * scale)
         try:
-            return scipy.linalg.solve(regular, wanted.T, assume_a="pos", overwrite_a=True).T
-        except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning):
+            factor = scipy.linalg.cho_factor(regular, overwrite_a=True)
+            return scipy.linalg.cho_solve(factor, wanted.T).T
+        except np.linalg.LinAlgError:
             pass  # a ridge below rounding: directions without variance are left out instead
     values, vectors = np.linalg.eigh(covariance)
     kept = values > _TINY * values.max() * len(values)

@@ -17,15 +17,18 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import DataError, GraphoptError
-from graphopt.inputs.spectra import natural_images, pink_noise
+from graphopt.inputs.spectra import natural_images, pink_images, pink_noise
 from graphopt.ir.dimensions import dimension_name
 from graphopt.ir.session import open_session
 
 KINDS = ("image", "audio", "gaussian", "tokens", "mask", "integer")
 """What an input may be said to hold."""
 
+TEXTURES = ("leaves", "pink")
+"""What images may show: shapes that hide each other (`graphopt.inputs.spectra.natural_images`), or 1/f noise alone."""
+
 _COLOURS = (1, 3, 4)
-_IMAGE_CLIP = 2.7
+_DARKEST, _BRIGHTEST = -2.2, 2.7
 """Standardised images end about here: 0 and 255 lie 2.1 below and 2.6 standard deviations above ImageNet's mean."""
 _INTEGER_HIGH = 8
 """One above the largest integer given to an input of which nothing is known."""
@@ -85,6 +88,7 @@ def probe_feeds(
     count: int = 1,
     seed: int = 0,
     specs: Mapping[str, InputSpec] | None = None,
+    texture: str = "leaves",
 ) -> list[dict[str, np.ndarray]]:
     """Make up inputs for a model.
 
@@ -94,12 +98,15 @@ def probe_feeds(
         count: how many sets of inputs.
         seed: the same seed gives the same inputs.
         specs: what is known of an input, by its name.
+        texture: what images show, one of `TEXTURES`.
 
     Returns:
-        One dict a set: each input's name to an array of its dtype and shape.
+        One dict a set: each input's name to an array of its dtype and shape. Images are standardised over the images
+        of their set, before mean, deviation and range that are stated count.
 
     Raises:
-        DataError: `specs` names an input that the model does not have, or an input is no dense tensor.
+        DataError: `specs` names an input that the model does not have, an input is no dense tensor, or the texture is
+            unknown.
 
     Example:
         >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'
@@ -107,7 +114,7 @@ def probe_feeds(
         >>> probe_feeds(model, sizes={"batch": 2})[0]["x"].shape
         (2, 3, 32, 32)
     """
-    draws = probers(model, symbolic_sizes(model) | dict(sizes or {}), specs)
+    draws = probers(model, symbolic_sizes(model) | dict(sizes or {}), specs, texture)
     generators = np.random.default_rng(seed).spawn(count)
     return [{name: draw(generator) for name, draw in draws.items()} for generator in generators]
 
@@ -253,7 +260,9 @@ class Prober:
         return np.asarray(self.values(generator)).astype(self.dtype)
 
 
-def probers(model: ir.Model, sizes: Mapping[str, int], specs: Mapping[str, InputSpec] | None) -> dict[str, Prober]:
+def probers(
+    model: ir.Model, sizes: Mapping[str, int], specs: Mapping[str, InputSpec] | None, texture: str = "leaves"
+) -> dict[str, Prober]:
     """How each input is made up, by name; nothing is drawn yet, and the model is not read again.
 
     Raises:
@@ -261,8 +270,10 @@ def probers(model: ir.Model, sizes: Mapping[str, int], specs: Mapping[str, Input
     """
     stated = dict(specs or {})
     check_specs(model, stated)
+    if texture not in TEXTURES:
+        raise DataError(f"unknown texture of images {texture!r}", help=f"textures are {', '.join(TEXTURES)}")
     return {
-        value.name or "": _prober(value, sizes, stated.get(value.name or "", InputSpec()))
+        value.name or "": _prober(value, sizes, stated.get(value.name or "", InputSpec()), texture)
         for value in model_inputs(model)
     }
 
@@ -279,7 +290,7 @@ def check_specs(model: ir.Model, specs: Mapping[str, InputSpec]) -> None:
             )
 
 
-def _prober(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec) -> Prober:
+def _prober(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec, texture: str) -> Prober:
     is_tensor = value.type is None or isinstance(value.type, ir.TensorType)
     if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING or not is_tensor:
         raise DataError(
@@ -290,7 +301,7 @@ def _prober(value: ir.Value, sizes: Mapping[str, int], spec: InputSpec) -> Probe
     kind = spec.kind or input_kind(value, shape)
     dtype = value.dtype.numpy()
     if _is_float(value):
-        return Prober(shape, dtype, partial(_float_probe, kind, shape, spec))
+        return Prober(shape, dtype, partial(_float_probe, kind, shape, spec, texture))
     if dtype == np.bool_ or kind == "mask":
         return Prober(shape, dtype, lambda _: np.ones(shape))
     low, high = _integer_bounds(value, shape, kind)
@@ -351,12 +362,15 @@ def image_axes(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     return None
 
 
-def _float_probe(kind: str, shape: tuple[int, ...], spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
+def _float_probe(
+    kind: str, shape: tuple[int, ...], spec: InputSpec, texture: str, generator: np.random.Generator
+) -> np.ndarray:
     if kind == "mask":
         return np.ones(shape)
     axes = image_axes(shape)
     if kind == "image" and axes is not None:
-        unit = np.clip(natural_images(generator, shape, *axes), -_IMAGE_CLIP, _IMAGE_CLIP)
+        images = natural_images if texture == "leaves" else pink_images
+        unit = np.clip(images(generator, shape, *axes), _DARKEST, _BRIGHTEST)
     elif kind in ("image", "audio") and shape:
         unit = pink_noise(generator, shape, (len(shape) - 1,), exponent=0.5)
         unit = np.clip(unit, -4, 4)

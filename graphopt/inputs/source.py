@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import DataError
-from graphopt.inputs.batches import ProbeBatches, SampleCounter, batch_dimensions, free_batch
+from graphopt.inputs.batches import ProbeBatches, SampleCounter, batch_dimensions, free_batch, usual_samples
 from graphopt.inputs.probes import InputSpec, check_specs, model_inputs
 from graphopt.inputs.store import Store, model_digest, storage_key
 from graphopt.inputs.synthetic import Report, Synthetic, UnavailableError
@@ -58,12 +58,12 @@ class InputSource(Protocol):
         *,
         specs: Mapping[str, InputSpec] | None = None,
         sizes: Mapping[str, int] | None = None,
-        samples: int = 256,
+        samples: int | None = None,
         threads: int = 1,
         seed: int = 0,
         progress: Report | None = None,
     ) -> Iterable[Mapping[str, np.ndarray]]:
-        """Re-iterable batches by input name, each of a sensible size.
+        """Re-iterable batches by input name, each of a sensible size; `samples` None leaves their number to the source.
 
         Raises:
             UnavailableError: it has none for this model; the message says why.
@@ -74,7 +74,10 @@ class InputSource(Protocol):
 
 @dataclass(frozen=True)
 class Probes:
-    """Noise with the statistics of natural images or sound, plausible tokens; an `InputSource`. Needs nothing.
+    """Images of shapes that hide each other, 1/f sound, plausible tokens; an `InputSource`. Needs nothing.
+
+    Attributes:
+        texture: what images show, one of `graphopt.inputs.probes.TEXTURES`: "leaves" or "pink" (1/f noise alone).
 
     Example:
         >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'
@@ -86,6 +89,8 @@ class Probes:
     name: ClassVar[str] = "probes"
     stored: ClassVar[bool] = False
 
+    texture: str = "leaves"
+
     def describe(self, model: ir.Model) -> str:
         """One clause: what the inputs are."""
         return "made up from the types and shapes of the inputs"
@@ -96,7 +101,7 @@ class Probes:
         *,
         specs: Mapping[str, InputSpec] | None = None,
         sizes: Mapping[str, int] | None = None,
-        samples: int = 256,
+        samples: int | None = None,
         threads: int = 1,
         seed: int = 0,
         progress: Report | None = None,
@@ -104,16 +109,22 @@ class Probes:
         """Probes in batches; see `ProbeBatches`.
 
         Raises:
-            DataError: `specs` do not fit, an input cannot be made up, or no usual size of the dimensions runs.
+            DataError: `specs` do not fit, an input cannot be made up, no usual size of the dimensions runs, or the
+                texture is unknown.
         """
         bound, free = free_batch(model, sizes, specs, threads)
-        return ProbeBatches(model, bound, samples, seed=seed, specs=specs, free=free)
+        wanted = usual_samples(model, bound, specs) if samples is None else samples
+        return ProbeBatches(model, bound, wanted, seed=seed, specs=specs, free=free, texture=self.texture)
 
 
 MADE_UP: dict[str, InputSource] = {source.name: source for source in (Probes(), Synthetic())}
 """The sources that need no data, by name. A new one is one more value here."""
 SOURCES = ("auto", "calibration", *MADE_UP)
 """What a pass may be told to take its inputs from."""
+
+
+CALIBRATION_SAMPLES = 512
+"""How many samples of calibration are read where their number is not stated."""
 
 
 class FirstSamples:
@@ -165,7 +176,7 @@ def find_inputs(
     calibration: Iterable[Mapping[str, np.ndarray]] | None = None,
     specs: Mapping[str, InputSpec] | None = None,
     sizes: Mapping[str, int] | None = None,
-    samples: int = 256,
+    samples: int | None = None,
     threads: int = 1,
     seed: int = 0,
     progress: Report | None = None,
@@ -184,7 +195,8 @@ def find_inputs(
         calibration: feeds by input name, re-iterable, for instance a `Calibration`; None where there are none.
         specs: what is known of an input, by its name.
         sizes: number of elements of symbolic dimensions, by name.
-        samples: at most how many samples, at least 1; a model of fixed batch gets whole batches.
+        samples: at most how many samples, at least 1; a model of fixed batch gets whole batches. None leaves it to
+            the source: 512 of calibration or where samples are small, down to 256 large ones (`usual_samples`).
         threads: of onnxruntime and torch, 0 for their own defaults.
         seed: the same seed gives the same inputs.
         progress: `progress(done, total, text)`, called while inputs are made.
@@ -204,15 +216,14 @@ def find_inputs(
         >>> print(found.why)
         the model has no float input that a gradient could move: made up from the types and shapes of the inputs
     """
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise DataError(f"`samples` is {samples}, but must be at least 1", where="samples")
     check_specs(model, dict(specs or {}))
     chosen = _named(source, given=calibration is not None)
     if chosen is None:
         assert calibration is not None
-        return Inputs(
-            "calibration", FirstSamples(model, calibration, samples), f"the given data, up to {samples} samples"
-        )
+        count = CALIBRATION_SAMPLES if samples is None else samples
+        return Inputs("calibration", FirstSamples(model, calibration, count), f"the given data, up to {count} samples")
     parts = (chosen, sorted((specs or {}).items()), sorted((sizes or {}).items()), samples, seed)
     key = storage_key(model_digest(model), parts)
     found = None if memo is None else memo.get(key)

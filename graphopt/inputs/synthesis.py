@@ -7,6 +7,7 @@ BatchNormalization statistics are those of the whole group, over several runs wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -311,9 +312,9 @@ class _Descent:
             if value < best_loss:
                 best, best_loss = self._copy(), value
             self._differentiate(loss, first=step == 0)
-            part = step / max(self.settings.steps - 1, 1)
+            left = (1.0 + math.cos(math.pi * step / self.settings.steps)) / 2.0
             for group in optimizer.param_groups:
-                fall = 1.0 + (self.settings.final_rate - 1.0) * part
+                fall = self.settings.final_rate + (1.0 - self.settings.final_rate) * left
                 group["lr"] = self.settings.learning_rate * rate * fall
             optimizer.step()
             self._keep_in_range()

@@ -97,6 +97,10 @@ class Linear:
         """The weight as float64 [M, C / groups, *kernel], `alpha` included."""
         stored = constant_float64(self.node.inputs[self.weight_index])
         assert stored is not None
+        return self.arranged(stored)
+
+    def arranged(self, stored: np.ndarray) -> np.ndarray:
+        """A weight laid out as the node reads it, as [M, C / groups, *kernel], times `alpha`."""
         if is_op(self.node, "Conv"):
             return stored
         if is_op(self.node, "ConvTranspose"):
@@ -105,6 +109,15 @@ class Linear:
             alpha = _float(self.node, "alpha", 1.0)
             return alpha * (stored if _int(self.node, "transB", 0) else stored.T)
         return stored if self.weight_index == 0 else stored.T
+
+    def as_read(self, weight: np.ndarray) -> np.ndarray:
+        """[M, C / groups, *kernel] laid out as the node reads it, for an `alpha` of 1."""
+        if is_op(self.node, "Conv"):
+            return weight
+        if is_op(self.node, "ConvTranspose"):
+            return _swap_blocks(weight, self.groups)
+        transposed = _int(self.node, "transB", 0) if is_op(self.node, "Gemm") else self.weight_index == 0
+        return weight if transposed else weight.T
 
     def bias(self) -> np.ndarray:
         """The bias as float64 [M], `beta` included; zeros where the node has none."""
@@ -120,29 +133,22 @@ class Linear:
             DeclinedError: a value is not finite in the element type of the weight. Nothing has changed then.
         """
         bias_tensor = to_tensor(self._stored_bias(bias), self.dtype)
-        weight_tensor = to_tensor(self._stored_weight(weight), self.dtype)
+        weight_tensor = to_tensor(self.as_read(weight), self.dtype)
         bias_name = _bias_name(self.node.inputs[self.weight_index])
         rewriter.replace_constant(self.node, self.weight_index, weight_tensor)
         if is_op(self.node, "Gemm"):
             set_attributes(self.node, alpha=None, beta=None)
         if is_op(self.node, "MatMul"):
-            return self._store_matmul_bias(rewriter, bias_tensor, bool(bias.any()), bias_name)
+            return self.store_matmul_bias(rewriter, bias_tensor, bool(bias.any()), bias_name)
         if bias.any() or constant_tensor(_operand(self.node, 2)) is not None:
             rewriter.replace_constant(self.node, 2, bias_tensor, wanted_name=bias_name)
         return self.result
 
-    def _stored_weight(self, weight: np.ndarray) -> np.ndarray:
-        if is_op(self.node, "Conv"):
-            return weight
-        if is_op(self.node, "ConvTranspose"):
-            return _swap_blocks(weight, self.groups)
-        transposed = _int(self.node, "transB", 0) if is_op(self.node, "Gemm") else self.weight_index == 0
-        return weight if transposed else weight.T
-
     def _stored_bias(self, bias: np.ndarray) -> np.ndarray:
         return bias[:, None] if self.out_axis == -2 else bias
 
-    def _store_matmul_bias(self, rewriter: Rewriter, bias: ir.Tensor, needed: bool, wanted_name: str) -> ir.Value:
+    def store_matmul_bias(self, rewriter: Rewriter, bias: ir.Tensor, needed: bool, wanted_name: str) -> ir.Value:
+        """Write the constant of the Add behind a MatMul, which is inserted where it is `needed`; returns the result."""
         if self.bias_node is not None:
             index = 0 if constant_tensor(self.bias_node.inputs[0]) is not None else 1
             rewriter.replace_constant(self.bias_node, index, bias)
@@ -177,7 +183,7 @@ def linear_at(node: ir.Node) -> Linear | None:
         raise DeclinedError(f"the weight of {node.op_type} is {tensor.dtype.name.lower()}", node)
     if is_op(node, "MatMul") and len(shape) != 2:
         raise DeclinedError("the weight of MatMul is not a matrix", node)
-    linear = _view(node, weight_index, shape, tensor.dtype)
+    linear = linear_view(node, weight_index, shape, tensor.dtype)
     if is_op(node, "MatMul") and weight_index == 0 and (linear.rank is None or linear.rank < 2):
         raise DeclinedError("MatMul multiplies its weight with a vector or a tensor of unknown rank", node)
     _bias_vector(node, linear.bias_node, linear.out_channels, linear.out_axis, linear.rank)
@@ -284,7 +290,8 @@ def _weight_index(node: ir.Node) -> int | None:
     return 0 if constant_tensor(node.inputs[0]) is not None else None
 
 
-def _view(node: ir.Node, weight_index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Linear:
+def linear_view(node: ir.Node, weight_index: int, shape: tuple[int, ...], dtype: ir.DataType) -> Linear:
+    """The view of a linear node whose operand `weight_index` is a weight of this shape; nothing is checked."""
     groups = _int(node, "group", 1)
     kernel: tuple[int, ...] = ()
     out_axis = in_axis = 1

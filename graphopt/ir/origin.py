@@ -7,7 +7,7 @@ for a value take its name over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,17 +28,21 @@ class Origin:
     Attributes:
         model: that graph. Nobody may change it.
         kept: for the values that lost channels, by name, what is left of each axis.
+        selection: where channels of this very graph went, once: the units of each group. None where nothing went, or
+            where more went afterwards.
     """
 
     model: ir.Model
     kept: Mapping[str, Masks] = field(default_factory=dict[str, Masks])
+    selection: Mapping[str, tuple[int, ...]] | None = None
 
-    def without(self, groups: ChannelGroups, selection: Selection) -> Origin:
+    def without(self, groups: ChannelGroups, selection: Mapping[str, Sequence[int]]) -> Origin:
         """The same origin once more channels are gone: of the graph as it is now, whose groups these are."""
         kept = dict(self.kept)
         for name, masks in _left_by(groups, selection).items():
             kept[name] = _compose(kept[name], masks) if name in kept else masks
-        return Origin(self.model, kept)
+        first = not self.kept and same_structure(groups.analysis.model, self.model)
+        return Origin(self.model, kept, {name: tuple(units) for name, units in selection.items()} if first else None)
 
     def cut(self, name: str, array: np.ndarray) -> np.ndarray:
         """What is left of a value of the origin.
@@ -78,9 +82,15 @@ def set_origin(model: ir.Model, origin: Origin) -> None:
     model.graph.meta[_ORIGIN] = origin
 
 
-def _left_by(groups: ChannelGroups, selection: Selection) -> dict[str, Masks]:
+def same_structure(first: ir.Model, second: ir.Model) -> bool:
+    """Whether two graphs have the same nodes by name and operator, so that their channel groups are the same."""
+    return [(node.name, node.op_type) for node in first.graph] == [(node.name, node.op_type) for node in second.graph]
+
+
+def _left_by(groups: ChannelGroups, selection: Mapping[str, Sequence[int]]) -> dict[str, Masks]:
     """What a selection leaves of the values that it touches, by name."""
-    removed = groups.atoms(selection)
+    chosen: Selection = {name: units for name, units in selection.items()}  # noqa: C416
+    removed = groups.atoms(chosen)
     left: dict[str, Masks] = {}
     for value, tracks in groups.analysis.state.tracks.items():
         if not value.name:

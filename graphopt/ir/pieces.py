@@ -7,6 +7,7 @@ a bound and in a temporary folder beyond it.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Pieces:
         self._arrays = _Arrays(memory)
         self._done: set[ir.Node] = set()
         self._known: set[ir.Value] = set()
-        self._held: set[ir.Value] = set()
+        self._held: Counter[ir.Value] = Counter()
         self.batches = 0
         inputs = [value for value in model.graph.inputs if not value.is_initializer()]
         for feeds in batches:
@@ -114,12 +115,13 @@ class Pieces:
         return self._arrays.get(value, batch)
 
     def hold(self, values: Iterable[ir.Value]) -> None:
-        """Keep these values from when they are computed until `release`."""
+        """Keep these values from when they are computed until they are released as often as they were held."""
         self._held.update(values)
 
     def release(self, values: Iterable[ir.Value]) -> None:
         """Let values go, as soon as nothing that is to be run reads them."""
-        self._held.difference_update(values)
+        self._held.subtract(values)
+        self._held = +self._held
         self._forget_read(_Reading(self.model.graph))
 
     def pending(self, value: ir.Value) -> set[ir.Node]:

@@ -8,6 +8,7 @@ from graphopt.passes.eliminate_identity import EliminateIdentity
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batchnorm import FoldBatchnorm
 from graphopt.passes.fold_constants import FoldConstants
+from graphopt.passes.fold_reconstruction import FoldReconstruction
 from graphopt.passes.fuse_activations import FuseActivations
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_normalization import FuseNormalization
@@ -38,6 +39,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         MergeCommonSubexpressions,
         MergeInitializers,
         PruneChannels,
+        FoldReconstruction,
         Quantize,
     )
 }
@@ -51,6 +53,7 @@ __all__ = [
     "FoldAffine",
     "FoldBatchnorm",
     "FoldConstants",
+    "FoldReconstruction",
     "FuseActivations",
     "FuseAttention",
     "FuseNormalization",

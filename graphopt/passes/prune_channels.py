@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +13,9 @@ from graphopt.criteria import Criterion, Knowledge, criterion
 from graphopt.errors import GraphoptError
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.dimensions import symbolic_dimensions
+from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.passes.fold_reconstruction import RECONSTRUCTIONS, FoldReconstruction
 from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped
 from graphopt.passes.prune_plan import GroupPlan, PrunePlan, SkippedGroup, digest_of
 from graphopt.search import Allocation, Candidate, CostModel, Problem, Solution, Target, allocation, solve, unit_step
@@ -58,9 +59,10 @@ class PruneChannels(Pass):
             "query heads per key head", "groups" (of a convolution; "group width" goes) and "inexact", which stands for
             all groups where removing differs from masking, because a normalisation or a mean runs over them.
             `skip=()` prunes all of it.
-        compensation: "none", or the name of a reconstruction that folds what is lost into what reads the channels.
-        source: where inputs come from, where criterion or allocation need some: "auto", "calibration", "probes",
-            "synthetic".
+        compensation: "none", or the form of a `fold-reconstruction` that follows at once: "least-squares" is the
+            best by far. As a part of this pass the guard judges both together.
+        source: where inputs come from, where criterion, allocation or compensation need some: "auto", "calibration",
+            "probes", "synthetic".
         seed: of everything random.
 
     Before::
@@ -119,6 +121,10 @@ class PruneChannels(Pass):
                 object.__setattr__(self, option, _from_table(option, value))
         criterion(self.criterion)
         allocation(self.allocation)
+        if self.compensation not in ("none", *RECONSTRUCTIONS):
+            raise GraphoptError(
+                f"unknown compensation {self.compensation!r}", help=f"one of none, {', '.join(RECONSTRUCTIONS)}"
+            )
         check_round_to(self.round_to)
         check_patterns("keep", self.keep)
         check_patterns("skip", self.skip)
@@ -216,18 +222,17 @@ class PruneChannels(Pass):
         Raises:
             GraphoptError: the plan was made for another model. Nothing has changed then.
         """
-        before = model.clone()
-        pruned = plan.pruned(before)
+        plan.check(model)
         if not plan.selection:
             return
+        origin = remember_origin(model)
+        before = model.clone()
+        groups = channel_groups(before)
+        pruned = plan.pruned(before, groups)
+        set_origin(pruned, origin.without(groups, plan.selection))
         model.graph = pruned.graph
         if plan.compensation != "none":
-            _compensate(before, model, plan, context or Context())
-
-
-def _compensate(before: ir.Model, after: ir.Model, plan: PrunePlan, context: Context) -> None:
-    """The one place where a reconstruction is called; it rewrites `after` in place."""
-    importlib.import_module("graphopt.passes.reconstruct").compensate(before, after, plan, context)
+            FoldReconstruction(form=plan.compensation, source=self.source).rewrite(model, context or Context())
 
 
 def _from_table(option: str, table: Mapping[str, Any]) -> Criterion | Allocation:

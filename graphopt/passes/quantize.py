@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError
 from graphopt.inputs.observe import Statistics, observe
 from graphopt.ir.linear import linear_at
+from graphopt.ir.origin import remember_origin
 from graphopt.ir.quantizer import TensorPlan
 from graphopt.ir.rewrite import constant, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
@@ -146,6 +147,7 @@ class Quantize(Pass):
         if not any(operator.form != "float" for operator in plan.operators):
             return
         legalize(model, static=plan.static)
+        remember_origin(model)
         apply_plan(model, plan)
 
     def _activations(self, model: ir.Model, placement: Placement, context: Context) -> list[TensorPlan]:

@@ -19,23 +19,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.inputs.batches import usual_samples
 from graphopt.inputs.observe import Statistics, observe
-from graphopt.inputs.probes import model_inputs, probe_feeds
+from graphopt.inputs.probes import InputSpec
+from graphopt.inputs.source import Probes
 from graphopt.ir.rewrite import Rewriter, rank
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 _EPSILON = 1e-5
-_PROBES = 128
-"""Number of probes where the batch is free; statistics over fewer are noisy at small spatial sizes."""
-_PROBE_ELEMENTS = 32 * 3 * 64 * 64
-"""Input elements in one batch of probes: 32 small images or 2 of 224 x 224, bounded below by `_SMALLEST_BATCH`."""
-_SMALLEST_BATCH = 8
+_PROBES, _LARGE_PROBES = 128, 32
+"""Number of probes, small ones and large ones; statistics over fewer are noisy at small spatial sizes."""
 _TRUSTED_RATIO = 4.0
 """How far plain probes may widen a range beyond what BatchNormalization statistics give: two bits."""
 
 
 def observe_probes(
-    model: ir.Model, names: Sequence[str], sizes: Mapping[str, int], *, histograms: bool, threads: int
+    model: ir.Model,
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+    *,
+    histograms: bool,
+    threads: int,
+    specs: Mapping[str, InputSpec] | None = None,
 ) -> tuple[dict[str, Statistics], set[str]]:
     """Statistics of tensors over made-up inputs.
 
@@ -45,11 +50,16 @@ def observe_probes(
         sizes: number of elements of symbolic dimensions; batch dimensions are chosen here.
         histograms: also gather histograms.
         threads: intra-op threads.
+        specs: what is known of an input, by its name.
 
     Returns:
         Statistics by name, and the names of the tensors whose BatchNormalization statistics are known.
+
+    Raises:
+        DataError: inputs cannot be made up, or no usual size of the dynamic dimensions runs.
     """
-    feeds = probes(model, sizes)
+    samples = usual_samples(model, sizes, specs, most=_PROBES, least=_LARGE_PROBES)
+    feeds = Probes().feeds(model, specs=specs, sizes=sizes, samples=samples, threads=threads)
     plain = observe(model, names, feeds, histograms=histograms, threads=threads)
     copy, anchored = steered(model)
     if not anchored:
@@ -119,16 +129,3 @@ def _steer(rewriter: Rewriter, value: ir.Value, statistics: tuple[np.ndarray, np
     result = moved.outputs[0]
     result.name, value.name = value.name, result.name
     result.shape = value.shape
-
-
-def probes(model: ir.Model, sizes: Mapping[str, int], seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Batches of probes for statistics: as large as the batch dimension allows, a few of them."""
-    first = [value.shape[0] for value in model_inputs(model) if value.shape]
-    batch = {dimension.value for dimension in first if not isinstance(dimension, int)} - {None}
-    single = probe_feeds(model, sizes={**sizes, **{str(name): 1 for name in batch}}, seed=seed)[0]
-    if not batch:
-        return probe_feeds(model, sizes=sizes, count=8, seed=seed)
-    elements = max(sum(array.size for array in single.values()), 1)
-    size = int(np.clip(_PROBE_ELEMENTS // elements, _SMALLEST_BATCH, 64))
-    count = max(1, min(_PROBES // size, 4))
-    return probe_feeds(model, sizes={**sizes, **{str(name): size for name in batch}}, count=count, seed=seed)

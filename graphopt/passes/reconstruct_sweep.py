@@ -5,28 +5,33 @@
 p are the patches that the operator reads in the damaged graph as rebuilt so far, z* is the value behind it in the graph
 before, o another branch that is added, whose error is taken up too. Where a Relu follows, only the part of z* matters
 that it lets through: z* is replaced by what is there already as long as both lie below 0, and the solve repeated.
+
+Where W is stored as integers the solution is rounded in the metric of the patches (`reconstruct_rounding`), and b is
+solved again for the rounded weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.inputs.moments import SecondMoments, choose_ridge
-from graphopt.ir.linear import Linear, linear_at
+from graphopt.ir.linear import Linear
 from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
 from graphopt.ir.origin import Origin
 from graphopt.ir.pieces import Pieces
+from graphopt.ir.quantized_linear import QuantizedLinear, linear_view_at
 from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op
 from graphopt.passes.contract import Context
+from graphopt.passes.reconstruct_rounding import beyond_clamp, prior_weight, round_solution
 from graphopt.passes.reconstruct_sites import Path, Tail, damaged_values, path_to, tails, target_rows
 
 WHAT = "rebuild"
 """What remarks say was declined."""
-_ROWS_A_COLUMN, _ROWS = 128, 8192
+ROWS_A_COLUMN, ROWS = 128, 8192
 """How many rows are looked at for each input of an output, and beyond; neighbouring rows say nearly the same."""
 
 
@@ -105,14 +110,14 @@ class Site:
         array = self.origin.cut(self.tail.value.name or "", self.reference.array(self.target, batch))
         return np.asarray(array, np.float32)
 
-    def targets(self, batch: int, now: np.ndarray | None = None) -> np.ndarray:
+    def targets(self, batch: int, now: np.ndarray | None = None, chosen: np.ndarray | None = None) -> np.ndarray:
         """What the operator should make: [R, M], of the chosen rows.
 
         With `now`, what it makes now [R, M], the bounds are heeded.
         """
+        chosen = self.chosen[batch] if chosen is None else chosen
         other = None if self.tail.other is None else self.damaged.array(self.tail.other, batch)
         rows = [None if array is None else self.rows.rows(array) for array in (self.wanted(batch), other)]
-        chosen = self.chosen[batch]
         wanted, added = [array if array is None or chosen is None else array[chosen] for array in rows]
         assert wanted is not None
         return target_rows(self.tail, wanted, added, now)
@@ -147,7 +152,9 @@ class Sweep:
     ) -> None:
         kept = [dict(feeds) for feeds in batches]
         self.model, self.origin, self.effort, self.context = model, origin, effort, context
-        self.damaged = Pieces(model, kept, threads=0)
+        # onnxruntime's int8 kernels saturate on some machines, which no weight can make up for
+        integers = any(is_op(node, "DequantizeLinear") for node in model.graph)
+        self.damaged = Pieces(model, kept, threads=0, optimized=not integers)
         self.reference = Pieces(origin.model, kept, threads=0)
         self.rewriter = Rewriter(model)
         self.refit = refit
@@ -155,7 +162,7 @@ class Sweep:
         self._known = {value.name: value for node in origin.model.graph for value in node.outputs}
 
     def run(self) -> None:
-        """Solve every operator that reads damaged values, in graph order."""
+        """Solve every operator that reads damaged values or has a rounded weight, in graph order."""
         damaged = damaged_values(self.model, self.origin)
         nodes = [node for node in self.model.graph if self._is_site(node, damaged)]
         paths = {node: self._path(node) for node in nodes}
@@ -171,23 +178,27 @@ class Sweep:
             waiting.discard(node)
 
     def _is_site(self, node: ir.Node, damaged: set[ir.Value]) -> bool:
-        """Whether the node is linear with a weight of its own and reads damaged values."""
+        """Whether the node is linear with a weight of its own and reads damaged values, its rounded weight included."""
         try:
-            linear = linear_at(node)
+            linear = linear_view_at(node)
         except DeclinedError as refusal:
-            if node.inputs[0] in damaged:
+            if not damaged.isdisjoint(value for value in node.inputs[:2] if value is not None):
                 self.context.missed(WHAT, refusal.why, node)
             return False
         if linear is None:
             if is_op(node, "LSTM", "GRU", "RNN") and node.inputs[0] in damaged:
                 self.context.missed(WHAT, "recurrent operators cannot take up what their inputs lost", node)
+            if is_op(node, "MatMulInteger", "ConvInteger"):
+                self.context.missed(WHAT, "its integers have no DequantizeLinear of their own", node)
             return False
-        return linear.data in damaged
+        weight = linear.node.inputs[linear.weight_index]
+        return linear.data in damaged or (isinstance(linear, QuantizedLinear) and weight in damaged)
 
     def _path(self, node: ir.Node) -> Path | None:
         """The way to the operator that made its channels, where some of them are gone and it may be solved again."""
-        linear = linear_at(node)
-        assert linear is not None
+        linear = linear_view_at(node)
+        if linear is None or isinstance(linear, QuantizedLinear):
+            return None
         if self.refit is None or not self.effort.refits or linear.data.name not in self.origin.kept:
             return None
         path = path_to(linear.data)
@@ -196,7 +207,7 @@ class Sweep:
         return path
 
     def _rebuild(self, node: ir.Node, path: Path | None, waiting: set[ir.Node]) -> None:
-        linear = linear_at(node)
+        linear = linear_view_at(node)
         assert linear is not None
         if _shared(linear):
             raise DeclinedError("its weight is read by other operators too", node)
@@ -205,7 +216,7 @@ class Sweep:
         self.damaged.compute(site.reads)
         try:
             self._check(site)
-            site.choose(_ROWS_A_COLUMN * site.rows.columns + _ROWS)
+            site.choose(ROWS_A_COLUMN * site.rows.columns + ROWS)
             self.solve(site)
             if path is not None and self.refit is not None:
                 self.refit(site, path, self)
@@ -217,6 +228,8 @@ class Sweep:
         """The operator with the farthest target that can be known now."""
         rows = linear_rows(linear)
         for tail in tails(linear, self.origin):
+            if beyond_clamp(linear.result, tail.value, self._known):
+                continue
             if tail.other is not None and self.damaged.pending(tail.other) & waiting - {linear.node}:
                 continue  # the other branch is not rebuilt yet, and will take up what this one leaves
             return Site(rows, tail, self.damaged, self.reference, self._known[tail.value.name], self.origin)
@@ -235,22 +248,72 @@ class Sweep:
 
     def solve(self, site: Site) -> None:
         """Solve one operator and write its weight back."""
-        prior, bias = site.rows.weight(), site.linear.bias()
+        linear, rows = site.linear, site.rows
+        now = rows.weight(), linear.bias()
+        prior = now[0]
+        if isinstance(linear, QuantizedLinear):
+            prior = rows.by_group(prior_weight(linear, self.origin, self._namesake(linear, site)))
         halves = (self._moments(site, 0), self._moments(site, 1)) if self.damaged.batches > 1 else None
         both = self._moments(site, None) if halves is None else halves[0].plus(halves[1])
         ridge = self.effort.ridge if halves is None else choose_ridge(halves, prior, self.effort.ridge)
-        if halves is None and both.count < 20 * site.rows.columns:
+        if halves is None and both.count < 20 * rows.columns:
             ridge = max(ridge, 1.0)  # one small batch: nothing to check a solution on
-        before = both.error(prior, bias)
+        first, adapted = both, both
         weight, bias = both.solve(prior, ridge)
-        after = both.error(weight, bias)
+        solution = weight, bias
         for _ in range(self.effort.hinges if site.is_bounded else 0):
-            both = both.with_targets_of(self._moments(site, None, (weight, bias)))
-            weight, bias = both.solve(prior if not np.isfinite(ridge) else weight, ridge)
-        variance = float((both.energy - np.square(both.targets) / both.count).sum() / both.count)
+            adapted = both.with_targets_of(self._moments(site, None, (weight, bias)))
+            weight, bias = adapted.solve(prior if not np.isfinite(ridge) else weight, ridge)
+        if isinstance(linear, QuantizedLinear):
+            solution = self._round(site, linear, now, (weight, bias), adapted, ridge)
+        else:
+            self.store(linear, rows.as_weight(weight), bias)
+        variance = float((first.energy - np.square(first.targets) / first.count).sum() / first.count)
         scale = variance or 1.0
-        self.solved.append(Solved(site.linear.node.name or "", before / scale, after / scale, ridge))
-        self.store(site.linear, site.rows.as_weight(weight), bias)
+        before, after = first.error(*now), first.error(*solution)
+        self.solved.append(Solved(linear.node.name or "", before / scale, after / scale, ridge))
+
+    def _round(
+        self,
+        site: Site,
+        linear: QuantizedLinear,
+        now: tuple[np.ndarray, np.ndarray],
+        solution: tuple[np.ndarray, np.ndarray],
+        moments: SecondMoments,
+        ridge: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Store the integers nearest to a solution, or a new bias alone where that leaves a smaller error."""
+        rounded = round_solution(linear, *solution, moments, ridge)
+        candidates = [
+            (weight, self._settled_bias(site, moments, weight, bias))
+            for weight, bias in ((rounded.weight(), moments.bias(rounded.weight())), now)
+        ]
+        errors = [self._error(site, moments, *candidate) for candidate in (*candidates, now)]
+        best = int(np.argmin(errors))
+        if best == 0:
+            linear.store_integers(
+                self.rewriter, site.rows.as_weight(rounded.integers), rounded.scales, candidates[0][1]
+            )
+        elif best == 1:
+            linear.store_integers(self.rewriter, linear.integers(), linear.scales, candidates[1][1])
+        return (*candidates, now)[best]
+
+    def _settled_bias(self, site: Site, moments: SecondMoments, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """The bias of a weight whose targets heed the bounds."""
+        if not site.is_bounded or not self.effort.hinges:
+            return moments.bias(weight)
+        return moments.with_targets_of(self._moments(site, None, (weight, bias))).bias(weight)
+
+    def _error(self, site: Site, moments: SecondMoments, weight: np.ndarray, bias: np.ndarray) -> float:
+        """The mean square error that counts: with the targets that a weight and bias have."""
+        if site.is_bounded:
+            moments = moments.with_targets_of(self._moments(site, None, (weight, bias)))
+        return moments.error(weight, bias)
+
+    def _namesake(self, linear: Linear, site: Site) -> str:
+        """What the origin calls the operator's own result."""
+        name = linear.result.name or ""
+        return name if name in self._known else site.tail.value.name or ""
 
     def _moments(self, site: Site, half: int | None, now: tuple[np.ndarray, np.ndarray] | None = None) -> SecondMoments:
         """Moments over all batches, or over every second one; with `now` = (weight, bias) only of the targets."""
@@ -262,6 +325,9 @@ class Sweep:
             patches = site.patches(batch)
             made = None if now is None else apply_rows(patches, *now)
             moments.add(patches, site.targets(batch, made), inner=now is None)
+        if isinstance(site.linear, QuantizedLinear) and not site.linear.has_bias:
+            # without a bias the line goes through the origin: the same sums with all means 0
+            moments = replace(moments, inputs=0 * moments.inputs, targets=0 * moments.targets)
         return moments
 
     def store(self, linear: Linear, weight: np.ndarray, bias: np.ndarray) -> None:
@@ -271,5 +337,7 @@ class Sweep:
 
 def _shared(linear: Linear) -> bool:
     """Whether anything else reads the operator's weight."""
-    weight = linear.node.inputs[linear.weight_index]
-    return weight is not None and len(weight.uses()) != 1
+    values = [linear.node.inputs[linear.weight_index]]
+    if isinstance(linear, QuantizedLinear):
+        values.append(linear.weights.node.inputs[0])
+    return any(value is not None and len(value.uses()) != 1 for value in values)

@@ -8,7 +8,14 @@ import pytest
 
 from graphopt.errors import DataError
 from graphopt.inputs import batches
-from graphopt.inputs.batches import ProbeBatches, SampleCounter, batch_dimensions, free_batch, resized
+from graphopt.inputs.batches import (
+    ProbeBatches,
+    SampleCounter,
+    batch_dimensions,
+    free_batch,
+    resized,
+    usual_samples,
+)
 from graphopt.inputs.probes import InputSpec, symbolic_sizes
 
 
@@ -66,6 +73,14 @@ def test_specs_hold_in_every_batch() -> None:
     for feeds in found:
         assert feeds["x"].min() >= 0
         assert feeds["x"].max() > 128
+
+
+def test_how_many_samples_are_usual() -> None:
+    assert usual_samples(SMALL) == 512
+    assert usual_samples(model("float[n, 3, 224, 224] x")) == 256
+    assert usual_samples(model("float[n, 3, 224, 224] x"), most=128, least=32) == 32
+    assert usual_samples(model("float[64, 3, 32, 32] x")) == 512
+    assert usual_samples(model("float[n, 3, 96, 96] x"), {"n": 50}) == 256
 
 
 def test_which_dimensions_count_samples() -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from graphopt.errors import DataError
 from graphopt.inputs import gaussian, gaussian_moments
-from graphopt.inputs.gaussian import mean_of_relu, pink_autocorrelation, propagate_moments
+from graphopt.inputs.gaussian import mean_of_relu, natural_autocorrelation, pink_autocorrelation, propagate_moments
 from graphopt.inputs.gaussian_moments import Moments, Second, correlation, independent
 from graphopt.inputs.probes import InputSpec, probe_feeds
-from graphopt.inputs.spectra import pink_noise
+from graphopt.inputs.spectra import natural_images, pink_noise
 from graphopt.ir.load import load
 from graphopt.ir.session import open_session
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
@@ -161,10 +161,10 @@ def test_a_convolution_of_natural_images() -> None:
     )
     found = propagate_moments(model)
     measured = runs(model, probe_feeds(model, sizes={"n": 64}, count=20), found)
-    for name in ("h", "y"):
+    for name, most in (("h", 0.03), ("y", 0.08)):  # images of leaves are not Gaussian: what Relu leaves is off a little
         mean, covariance = errors(found[name], measured[name])
-        assert mean < 0.05
-        assert covariance < 0.05
+        assert mean < most
+        assert covariance < 0.06
 
 
 def test_a_small_net_of_many_operators_is_near() -> None:
@@ -322,6 +322,28 @@ def test_the_autocorrelation_of_pink_noise() -> None:
     for down, right in ((0, 1), (1, 1), (3, 0), (2, 5)):
         found = (noise * np.roll(noise, (down, right), (1, 2))).mean() / (noise**2).mean()
         assert expected[15 + down, 15 + right] == pytest.approx(found, abs=0.03)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [((2, 3), (200, 1, 24, 40)), ((2, 3, 4), (100, 1, 4, 16, 24))])
+def test_the_autocorrelation_of_natural_images(axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    images = natural_images(np.random.default_rng(7), shape, 1, axes)
+    sizes = shape[2:]
+    expected = natural_autocorrelation(sizes)
+    for down, right in ((0, 1), (1, 1), (3, 0), (2, 5)):
+        height, width = sizes[-2:]
+        found = (images[..., down:, right:] * images[..., : height - down, : width - right]).mean()
+        assert expected[..., height - 1 + down, width - 1 + right].flat[sizes[0] - 1 if len(sizes) == 3 else 0] == (
+            pytest.approx(found, abs=0.08)
+        )
+
+
+def test_the_autocorrelation_of_a_large_image_is_that_of_a_small_one() -> None:
+    images = natural_images(np.random.default_rng(7), (100, 1, 128, 128), 1, (2, 3))
+    expected = natural_autocorrelation((128, 128))
+    for lag in (1, 4, 16, 40):
+        down, right = images[:, :, lag:] * images[:, :, :-lag], images[..., lag:] * images[..., :-lag]
+        found = (down.mean() + right.mean()) / 2
+        assert expected[48, 48 + lag] == pytest.approx(found, abs=0.06)
 
 
 def test_a_very_deep_chain_needs_no_recursion() -> None:

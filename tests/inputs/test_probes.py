@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graphopt.errors import DataError
 from graphopt.inputs.probes import InputSpec, candidate_sizes, probe_feeds, runnable_sizes, symbolic_sizes
-from graphopt.inputs.spectra import natural_images, pink_noise
+from graphopt.inputs.spectra import natural_images, pink_images, pink_noise
 from graphopt.ir.session import open_session
 
 
@@ -32,6 +34,75 @@ def test_images_are_smooth_and_their_colours_correlated() -> None:
     assert colours > 0.7
     assert abs(float(x.mean())) < 0.1
     assert 0.8 < float(x.std()) < 1.1
+    assert -2.2 <= x.min() < -1
+    assert 1 < x.max() <= 2.7
+
+
+def test_images_have_edges_and_noise_has_none() -> None:
+    made = model("float[16, 3, 32, 32] x")
+
+    def fourth_moment(texture: str) -> float:
+        steps = np.diff(probe_feeds(made, texture=texture)[0]["x"], axis=3)
+        return float((steps**4).mean() / (steps**2).mean() ** 2)
+
+    assert fourth_moment("leaves") > 8  # most neighbours are alike, a few are not
+    assert fourth_moment("pink") == pytest.approx(3, abs=0.5)
+    with pytest.raises(DataError, match=r"(?s)texture of images 'stripes'.*leaves, pink"):
+        probe_feeds(made, texture="stripes")
+
+
+def test_images_are_brighter_and_darker_ones() -> None:
+    images = natural_images(np.random.default_rng(0), (64, 3, 32, 32), 1, (2, 3))
+    assert images.mean() == pytest.approx(0)
+    assert images.std() == pytest.approx(1)
+    assert 0.2 < images.mean(axis=(1, 2, 3)).std() < 0.7
+
+
+def test_large_images_show_the_same_scene() -> None:
+    """The share of neighbours at a hundredth of the side that lie in one leaf does not depend on the size."""
+
+    def alike(side: int) -> float:
+        image = natural_images(np.random.default_rng(0), (12, 1, side, side), 1, (2, 3))
+        return float(np.corrcoef(image[..., side // 16 :].ravel(), image[..., : -(side // 16)].ravel())[0, 1])
+
+    assert alike(32) == pytest.approx(alike(192), abs=0.08)
+
+
+def test_a_large_image_is_quickly_made() -> None:
+    start = time.process_time()
+    natural_images(np.random.default_rng(0), (4, 3, 224, 224), 1, (2, 3))
+    assert time.process_time() - start < 4 * 0.3  # about 0.045 s an image on one core
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 64])
+def test_any_number_of_channels_shares_the_leaves(channels: int) -> None:
+    image = natural_images(np.random.default_rng(0), (40, channels, 16, 16), 1, (2, 3))
+    assert image.shape == (40, channels, 16, 16)
+    correlations = np.corrcoef(np.moveaxis(image, 1, 0).reshape(channels, -1)).reshape(channels, channels)
+    apart = correlations[~np.eye(channels, dtype=bool)]
+    assert channels == 1 or 0.45 < apart.mean() < 0.7
+
+
+def test_leaves_of_a_video_move_a_little() -> None:
+    video = natural_images(np.random.default_rng(0), (2, 3, 40, 24, 24), 1, (2, 3, 4))
+    assert video.shape == (2, 3, 40, 24, 24)
+
+    def alike(frames: int) -> float:
+        return float(np.corrcoef(video[:, :, frames:].ravel(), video[:, :, :-frames].ravel())[0, 1])
+
+    assert 0.85 < alike(1) < 0.9999
+    assert alike(30) < alike(5) < alike(1)
+    last = natural_images(np.random.default_rng(0), (2, 5, 16, 16, 3), 4, (1, 2, 3))
+    assert last.shape == (2, 5, 16, 16, 3)
+
+
+def test_lines_and_single_pixels_are_images_too() -> None:
+    for shape, axes in (((3, 2, 50), (2,)), ((3, 2, 1, 1), (2, 3)), ((1, 3, 5, 1), (2, 3)), ((0, 3, 8, 8), (2, 3))):
+        for images in (natural_images, pink_images):
+            made = images(np.random.default_rng(0), shape, 1, axes)
+            assert made.shape == shape
+            assert np.isfinite(made).all()
+    assert natural_images(np.random.default_rng(0), (4, 3), 1, ()).shape == (4, 3)
 
 
 def test_amplitude_falls_as_one_over_frequency() -> None:

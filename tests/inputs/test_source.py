@@ -18,7 +18,7 @@ from graphopt.errors import DataError
 from graphopt.inputs import source as source_module
 from graphopt.inputs.calibration import Calibration
 from graphopt.inputs.probes import InputSpec
-from graphopt.inputs.source import MADE_UP, SOURCES, FirstSamples, Inputs, InputSource, find_inputs
+from graphopt.inputs.source import MADE_UP, SOURCES, FirstSamples, Inputs, InputSource, Probes, find_inputs
 from graphopt.inputs.synthetic import Synthetic, UnavailableError
 from graphopt.passes.contract import Context, Pass, Semantics
 from tests.inputs.nets import conv_net
@@ -99,6 +99,11 @@ def test_calibration_is_streamed() -> None:
     assert stream.read == 1
 
 
+def test_a_generator_is_read_as_far_as_it_is_needed() -> None:
+    found = find_inputs(PLAIN, calibration=Calibration(PLAIN, iter(Stream())), samples=7)
+    assert [len(x) for x in arrays(found)] == [len(x) for x in arrays(found)] == [3, 3, 1]
+
+
 def test_calibration_of_fixed_batch_is_not_cut() -> None:
     found = FirstSamples(FIXED, [{"x": np.zeros((4, 3), np.float32)}] * 5, 6)
     assert [feeds["x"].shape for feeds in found] == [(4, 3), (4, 3)]
@@ -108,6 +113,27 @@ def test_calibration_is_not_used_when_probes_are_asked_for() -> None:
     found = find_inputs(PLAIN, "probes", calibration=rows(2), samples=5)
     assert found.source == "probes"
     assert arrays(found)[0].shape == (5, 3)
+
+
+@pytest.mark.parametrize("source", [Probes(), QUICK])
+def test_the_number_of_samples_may_be_left_to_the_source(source: InputSource) -> None:
+    found = find_inputs(conv_net(), source, samples=None)
+    assert sum(map(len, arrays(found))) == 512
+    given = find_inputs(PLAIN, calibration=rows(400), samples=None)
+    assert sum(map(len, arrays(given))) == source_module.CALIBRATION_SAMPLES
+    assert "up to 512 samples" in given.why
+
+
+def test_images_may_be_noise_alone() -> None:
+    images = {}
+    for texture in ("leaves", "pink"):
+        images[texture] = arrays(find_inputs(conv_net(), Probes(texture), samples=32))[0]
+        start = arrays(find_inputs(conv_net(), replace(QUICK, texture=texture), samples=32))[0]
+        assert np.corrcoef(start.ravel(), images[texture].ravel())[0, 1] > 0.9
+    assert abs(np.corrcoef(images["leaves"].ravel(), images["pink"].ravel())[0, 1]) < 0.3
+    for source in (Probes("stripes"), replace(QUICK, texture="stripes")):
+        with pytest.raises(DataError, match="texture"):
+            find_inputs(conv_net(), source, samples=2)
 
 
 def test_what_is_wrong_with_calibration_is_still_said() -> None:
@@ -287,5 +313,7 @@ def test_optimize_takes_what_is_stated_of_the_inputs() -> None:
     (context,) = looking.seen
     assert dict(context.specs) == positive
     assert context.reference is not None
+    assert context.progress is not None
+    context.progress(1, 2, "synthetic inputs")
     found = context.inputs(log, "probes", samples=4)
     assert all(1 <= x.min() <= x.max() <= 2 for x in arrays(found))

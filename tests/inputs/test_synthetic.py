@@ -175,6 +175,28 @@ def test_work_bounds_the_number_of_samples() -> None:
     assert 5 <= sum(feeds["x"].shape[0] for feeds in made) <= 10
 
 
+def test_work_bounds_the_steps_first() -> None:
+    told: list[tuple[int, int, str]] = []
+    quick = Synthetic(matched=replace(MATCHED, steps=20, least_steps=3, work=3 * 100 * 144 * (8 * 27 + 8 * 72)))
+    made = quick.feeds(conv_net(), samples=16, progress=lambda *step: told.append(step))
+    assert sum(feeds["x"].shape[0] for feeds in made) == 16
+    assert len(told) == told[-1][1]
+    assert 3 < len(told) <= 6
+
+
+def test_the_rate_falls_along_half_a_cosine() -> None:
+    # Adam's first step is as long as the learning rate; with a constant slope all steps are.
+    net = built("(float[n, 4] x) => (float[n, 3] y)", "y = MatMul(x, w)", LINEAR)
+    lengths = []
+    for final in (1.0, 0.0):
+        settings = replace(CONFIDENT, steps=2, learning_rate=1e-3, final_rate=final)
+        (start,) = Probes().feeds(net, samples=8)
+        (feeds,) = Synthetic(confident=settings).feeds(net, samples=8)
+        lengths.append(np.abs(feeds["x"] - start["x"]).mean() / start["x"].std())
+    assert lengths[0] == pytest.approx(2e-3, rel=0.05)
+    assert lengths[1] == pytest.approx(1.5e-3, rel=0.05)
+
+
 def test_torch_is_left_as_it_was() -> None:
     import torch
 

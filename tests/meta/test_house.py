@@ -83,7 +83,8 @@ def test_no_rooms_without_a_name() -> None:
 
 TORCH_ROOMS = ("graphopt.ir.ops.torch", "graphopt.train")
 TORCH_FILES = {f"graphopt.ir.{name}" for name in ("lifted", "lift_graph", "lift_weights", "lower")} | {
-    "graphopt.inputs.synthesis"
+    "graphopt.inputs.synthesis",
+    "graphopt.criteria.lifted_gradients",
 }
 """What imports torch when it is loaded; nothing else may, and nothing else may import these when it is loaded."""
 

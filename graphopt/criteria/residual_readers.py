@@ -1,0 +1,353 @@
+"""What reads the channels of each group and could be solved again without some of them: `graphopt.criteria.residual`.
+
+Everything here is measured on the unpruned model, in one run of it, one set of patches after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import scipy.linalg
+
+from graphopt.criteria.contract import Knowledge
+from graphopt.criteria.elimination import Losses, Reader
+from graphopt.criteria.members import Membership
+from graphopt.criteria.ownership import Owned
+from graphopt.errors import DataError
+from graphopt.ir.channels import ChannelGroup
+from graphopt.ir.linear import channel_axis, linear_at
+from graphopt.ir.linear_rows import LinearRows, linear_rows
+from graphopt.ir.pieces import Pieces
+from graphopt.ir.rewrite import DeclinedError, is_op, sole_consumer
+
+_ROWS_A_COLUMN, _ROWS = 16, 8192
+"""How many rows are looked at for each column, and beyond; with as many for each, covariances are taken as they are."""
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Operator:
+    """A linear operator that mixes channels.
+
+    Attributes:
+        rows: how its arrays become matrices.
+        end: what it makes, behind what scales and shifts it and behind the addition of another branch.
+        factor: what its results are multiplied with on the way there, float64 [M].
+    """
+
+    rows: LinearRows
+    end: ir.Value
+    factor: np.ndarray
+
+
+@dataclass
+class _Patches:
+    """Operators that read the same patches, and the groups whose channels are in them."""
+
+    operators: list[_Operator] = field(default_factory=list[_Operator])
+    groups: list[tuple[ChannelGroup, Owned]] = field(default_factory=list["tuple[ChannelGroup, Owned]"])
+
+    @property
+    def rows(self) -> LinearRows:
+        return self.operators[0].rows
+
+    @property
+    def data(self) -> ir.Value:
+        return self.rows.linear.data
+
+
+def group_losses(
+    knowledge: Knowledge,
+    groups: Sequence[ChannelGroup],
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    *,
+    ridge: float,
+    columns: int,
+) -> Iterator[tuple[ChannelGroup, Losses]]:
+    """What the operators lose that read the channels of each group, as each becomes known.
+
+    Args:
+        knowledge: the model.
+        groups: of it.
+        feeds: batches.
+        ridge: relative to the mean variance of a column.
+        columns: up to so many are solved for.
+
+    Yields:
+        Groups with at least one operator that can be solved again, in the order of the graph, each once.
+
+    Raises:
+        DataError: there are no inputs, they do not fit the model, or an activation is NaN or infinite.
+    """
+    found = _patches(knowledge, groups)
+    if not found:
+        return
+    open_sets = {group.name: 0 for group in groups}
+    for patches in found:
+        for group, _ in patches.groups:
+            open_sets[group.name] += 1
+    losses = {group.name: Losses((), np.zeros(group.units)) for group in groups}
+    pieces = Pieces(knowledge.model, feeds, threads=knowledge.threads)
+    pieces.hold(patches.data for patches in found)
+    for number, patches in enumerate(found):
+        survey = _Survey(patches, pieces, ridge, columns, knowledge.seed)
+        later = {other.data for other in found[number + 1 :]}
+        pieces.release({patches.data, *(operator.end for operator in patches.operators)} - later)
+        for group, owned in patches.groups:
+            losses[group.name] = survey.add_to(losses[group.name], owned)
+            open_sets[group.name] -= 1
+            if not open_sets[group.name]:
+                yield group, losses.pop(group.name)
+
+
+def _patches(knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> list[_Patches]:
+    """The operators that mix the channels of some groups, by what they read, in the order of the graph."""
+    membership = Membership(knowledge)
+    reading: dict[ir.Node, list[ChannelGroup]] = {}
+    for group in groups:
+        for node in membership.readers(group):
+            reading.setdefault(node, []).append(group)
+    found: dict[_Key, _Patches] = {}
+    for node in knowledge.model.graph:
+        for group in reading.get(node, ()):
+            try:
+                rows = _mixing_rows(node, membership)
+                if rows is None:
+                    continue
+                owned = _owned(rows, group, membership, knowledge)
+            except DeclinedError:
+                continue
+            if owned is None:
+                continue
+            # Groups are part of the key: those that read one operator nearly always read its neighbours as well.
+            linear = rows.linear
+            names = tuple(other.name for other in reading[node])
+            placing = (rows.strides, rows.dilations, rows.begins, rows.ends, rows.spread)
+            key = (linear.data, linear.in_axis, linear.kernel, linear.groups, placing, names)
+            patches = found.setdefault(key, _Patches())
+            if all(operator.rows.linear.node is not node for operator in patches.operators):
+                patches.operators.append(_operator(rows, membership))
+            if all(other is not group for other, _ in patches.groups):
+                patches.groups.append((group, owned))
+    return list(found.values())
+
+
+def _mixing_rows(node: ir.Node, membership: Membership) -> LinearRows | None:
+    """The node as a product of matrices; None where it does not sum over channels of computed data.
+
+    Raises:
+        DeclinedError: it cannot be seen as one.
+    """
+    linear = linear_at(node)
+    if linear is None or membership.is_weight(linear.data) or linear.in_channels // linear.groups < 2:
+        return None
+    return linear_rows(linear)
+
+
+def _owned(rows: LinearRows, group: ChannelGroup, membership: Membership, knowledge: Knowledge) -> Owned | None:
+    """Which of the channels that an operator reads belong to which unit; None where it is not one unit each."""
+    value = rows.linear.data
+    axis = channel_axis(rows.linear.in_axis, len(knowledge.groups.analysis.state.tracks[value]))
+    ownership = membership.ownership(group)
+    if axis not in ownership.axes(value):
+        return None
+    owned = ownership.owned(value, axis, rows.linear.in_channels)
+    single = len(np.unique(owned.coordinates)) == len(owned.coordinates)
+    return owned if single and owned.coordinates.max(initial=0) < rows.linear.in_channels else None
+
+
+def _operator(rows: LinearRows, membership: Membership) -> _Operator:
+    """Follow what an operator makes through constant scales and shifts up to the addition of another branch."""
+    linear = rows.linear
+    value, factor = linear.result, np.ones(linear.out_channels)
+    while (node := sole_consumer(value)) is not None:
+        others = [operand for operand in node.inputs if operand is not None and operand is not value]
+        constant = all(membership.is_weight(operand) for operand in others)
+        if is_op(node, "BatchNormalization") and constant and linear.out_axis == 1 and node.inputs[0] is value:
+            factor = factor * membership.normalization_factor(node)
+        elif not is_op(node, "Add") or len(others) != 1:
+            break
+        value = node.outputs[0]
+        if not constant:
+            break
+    return _Operator(rows, value, factor)
+
+
+class _Survey:
+    """The covariance of one set of patches, and the weights of the operators that read it."""
+
+    def __init__(self, patches: _Patches, pieces: Pieces, ridge: float, columns: int, seed: int) -> None:
+        rows = patches.rows
+        pieces.compute([patches.data, *(operator.end for operator in patches.operators)])
+        channels = rows.linear.in_channels
+        every = rows.columns * rows.groups
+        self._taps = every // channels if every <= columns else 1
+        sample = _Sample(rows, patches.data, pieces, seed)
+        self._covariance = sample.variances() if channels > columns else sample.covariances(self._taps)
+        self._weight = np.concatenate([self._scaled(each, pieces) for each in patches.operators], axis=1)
+        variance = _diagonal(self._covariance).mean(axis=1)
+        self._ridge = np.where(variance > 0, ridge * variance, 1.0)
+        self._inverse: list[np.ndarray] = []
+        if self._covariance.ndim == 3 and self._weight.any():
+            pairs = zip(self._covariance, self._ridge, strict=True)
+            self._inverse = [_inverse(block, least) for block, least in pairs]
+
+    def add_to(self, losses: Losses, owned: Owned) -> Losses:
+        """The losses of a group with those that are measured here."""
+        if not self._weight.any():
+            return losses
+        if not self._inverse:
+            energy = np.square(self._weight).sum(axis=1) * self._covariance
+            return Losses(losses.readers, losses.alone + owned.sums(energy.reshape(-1)))
+        return Losses((*losses.readers, self._reader(owned)), losses.alone)
+
+    def _scaled(self, operator: _Operator, pieces: Pieces) -> np.ndarray:
+        """The weight [G, rows, K] of an operator, such that what it loses is a share of the variance at its end."""
+        weight = operator.rows.weight() * operator.factor.reshape(operator.rows.groups, -1, 1)
+        groups, _, columns = weight.shape
+        channels = operator.rows.linear.in_channels // groups
+        if columns != channels * self._taps:
+            weight = weight.reshape(groups, -1, channels, columns // channels).swapaxes(2, 3)
+            weight = weight.reshape(groups, -1, channels)
+        variance = _variance_at(operator, pieces)
+        if variance is None:
+            variance = _energy(weight, self._covariance)
+        return weight / np.sqrt(variance) if variance > 0 else np.zeros_like(weight)
+
+    def _reader(self, owned: Owned) -> Reader:
+        """H, W and ridge over the columns that the units of a group own."""
+        channels = len(self._inverse) * self._covariance.shape[1] // self._taps
+        # Units that own fewer channels than others get columns that nothing reads.
+        places = owned.rows(np.arange(1, channels + 1)[:, None])[..., 0].reshape(-1) - 1
+        columns = (places[:, None] * self._taps + np.arange(self._taps)).reshape(-1)
+        real = np.repeat(places >= 0, self._taps)
+        block, within = np.divmod(columns, self._covariance.shape[1])
+        inverse = np.eye(len(columns))
+        weight = np.zeros((*self._weight.shape[:2], len(columns)))
+        for group, each in enumerate(self._inverse):
+            at = np.flatnonzero(real & (block == group))
+            inverse[np.ix_(at, at)] = each[np.ix_(within[at], within[at])]
+            weight[group][:, at] = self._weight[group][:, within[at]]
+        weight = weight.reshape(-1, len(columns))
+        if len(weight) > len(columns):
+            weight = np.linalg.qr(weight, mode="r")  # the same products W^T W in fewer rows
+        ridge = np.where(real, self._ridge[np.where(real, block, 0)], 1.0)
+        return Reader(inverse, weight, ridge, owned.count)
+
+
+class _Sample:
+    """Patches of one value: as many rows of each batch as its share, drawn at random."""
+
+    def __init__(self, rows: LinearRows, value: ir.Value, pieces: Pieces, seed: int) -> None:
+        self.rows, self._value, self._pieces = rows, value, pieces
+        counts = [rows.count(self._data(batch)) for batch in range(pieces.batches)]
+        share = (_ROWS_A_COLUMN * rows.columns + _ROWS) / max(sum(counts), 1)
+        generator = np.random.default_rng(seed)
+        self._chosen = [
+            None if share >= 1 else np.sort(generator.choice(count, max(1, int(count * share)), replace=False))
+            for count in counts
+        ]
+
+    def _data(self, batch: int) -> np.ndarray:
+        return np.asarray(self._pieces.array(self._value, batch), np.float32)
+
+    def patches(self) -> Iterator[np.ndarray]:
+        """Patches [G, R, K] of each batch, from which the mean of the first batch is taken: sums stay precise."""
+        shift: np.ndarray | None = None
+        for batch, chosen in enumerate(self._chosen):
+            patches = self.rows.patches(self._data(batch), chosen)
+            if not np.isfinite(patches).all():
+                raise DataError(
+                    "an activation is NaN or infinite on these inputs",
+                    where=self._value.name,
+                    help="pass inputs of the range that the model was trained on",
+                )
+            if shift is None:
+                shift = patches.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+            yield patches - shift
+
+    def covariances(self, taps: int) -> np.ndarray:
+        """Float64 [G, K, K]; with one of several taps, those of the channels, every tap being a row of its own."""
+        groups, channels = self.rows.groups, self.rows.linear.in_channels // self.rows.groups
+        columns = channels * taps
+        inner, sums, count = np.zeros((groups, columns, columns)), np.zeros((groups, columns)), 0
+        for patches in self.patches():
+            if columns != self.rows.columns:
+                by_tap = patches.reshape(groups, patches.shape[1], channels, -1).swapaxes(2, 3)
+                patches = by_tap.reshape(groups, -1, channels)
+            inner += patches.transpose(0, 2, 1) @ patches
+            sums += patches.sum(axis=1, dtype=np.float64)
+            count += patches.shape[1]
+        mean = sums / max(count, 1)
+        covariance = inner / max(count, 1) - mean[:, :, None] * mean[:, None, :]
+        return _shrunk(covariance, count)
+
+    def variances(self) -> np.ndarray:
+        """Variances of the channels alone, float64 [G, C / G]."""
+        groups, channels = self.rows.groups, self.rows.linear.in_channels // self.rows.groups
+        squares, sums, count = np.zeros((groups, channels)), np.zeros((groups, channels)), 0
+        for patches in self.patches():
+            by_channel = patches.reshape(groups, patches.shape[1], channels, -1)
+            squares += np.square(by_channel).sum(axis=(1, 3), dtype=np.float64)
+            sums += by_channel.sum(axis=(1, 3), dtype=np.float64)
+            count += by_channel.shape[1] * by_channel.shape[3]
+        return np.maximum(squares / max(count, 1) - np.square(sums / max(count, 1)), 0)
+
+
+def _variance_at(operator: _Operator, pieces: Pieces) -> float | None:
+    """Variance at the end of an operator, summed over channels; None where it has another layout there."""
+    squares, sums, count = 0.0, 0.0, 0
+    for batch in range(pieces.batches):
+        array = np.asarray(pieces.array(operator.end, batch), np.float64)
+        axis = operator.rows.linear.out_axis
+        if not -array.ndim <= axis < array.ndim or array.shape[axis] != operator.rows.linear.out_channels:
+            return None
+        made = operator.rows.rows(array)
+        squares, sums, count = squares + np.square(made).sum(axis=0), sums + made.sum(axis=0), count + len(made)
+    variance = squares / max(count, 1) - np.square(sums / max(count, 1))
+    total = float(np.maximum(variance, 0).sum())
+    return total if np.isfinite(total) else None
+
+
+def _shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
+    """Covariances [G, K, K] drawn towards their diagonal where rows are scarce.
+
+    Correlations of few rows are too large, so that every column seems to follow from the others. They are multiplied
+    by 1 - min(1, sum (1 - r^2)^2 / (n - 1) / sum r^2), sums over all pairs (Schaefer and Strimmer 2005, with the
+    variance of r of normal numbers).
+    """
+    columns = covariance.shape[-1]
+    if count >= _ROWS_A_COLUMN * columns or columns < 2:
+        return covariance
+    result = covariance.copy()
+    for block in result:
+        variance = np.diagonal(block).copy()
+        deviation = np.sqrt(np.where(variance > 0, variance, np.inf))
+        squares = np.square(block / deviation[:, None] / deviation)
+        np.fill_diagonal(squares, 0)
+        spread = (np.square(1 - squares).sum() - columns) / max(count - 1, 1)
+        block *= 1 - min(1.0, spread / max(float(squares.sum()), 1e-30))
+        np.fill_diagonal(block, variance)
+    return result
+
+
+def _inverse(covariance: np.ndarray, ridge: float) -> np.ndarray:
+    """(C + l I)^-1."""
+    regular = covariance + ridge * np.eye(len(covariance))
+    factor = scipy.linalg.cho_factor(regular, lower=True, overwrite_a=True)
+    inverse = scipy.linalg.cho_solve(factor, np.eye(len(covariance)), overwrite_b=True)
+    return (inverse + inverse.T) / 2
+
+
+def _diagonal(covariance: np.ndarray) -> np.ndarray:
+    """Variances [G, K] of covariances [G, K, K] or of variances."""
+    return covariance if covariance.ndim == 2 else np.einsum("gkk->gk", covariance)
+
+
+def _energy(weight: np.ndarray, covariance: np.ndarray) -> float:
+    """tr(W C W^T) of a weight [G, M / G, K]."""
+    product = weight * covariance[:, None, :] if covariance.ndim == 2 else weight @ covariance
+    return float(np.einsum("gmk,gmk->", product, weight))
