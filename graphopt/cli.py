@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.errors import DataError, GraphoptError, TargetMissedError
+from graphopt.errors import DataError, GraphoptError, RecipeError, TargetMissedError
+
+if TYPE_CHECKING:
+    from graphopt.inputs.probes import InputSpec
+    from graphopt.recipe import Recipe
 
 application = typer.Typer(
     name="graphopt",
@@ -36,6 +41,30 @@ Inputs = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)]
 Target = Annotated[str, typer.Option(help="cpu or cuda")]
+CalibrationPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|FOLDER",
+        help="calibration: .npy/.npz whose axis 0 counts samples, or a folder of such files",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PASS.OPTION=VALUE",
+        help="another value of an option of a pass in the recipe, as in TOML; may be repeated",
+    ),
+]
+Specs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-spec",
+        metavar="NAME:KEY=VALUE,...",
+        help="what is known of an input, for inputs that are made up: kind, mean, std, low, high; may be repeated",
+    ),
+]
 
 
 @application.callback(invoke_without_command=True)
@@ -53,15 +82,11 @@ def _options(
 def optimize(
     model: ModelPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.onnx", help="where the result goes")],
-    recipe: Annotated[str, typer.Option(help="default, exact, int8, or a TOML file")] = "default",
+    recipe: Annotated[str, typer.Option(help="default, exact, int8, prune, prune-int8, or a TOML file")] = "default",
+    settings: Settings = None,
     inputs: Inputs = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|FOLDER",
-            help="calibration: .npy/.npz whose axis 0 counts samples, or a folder of such files",
-        ),
-    ] = None,
+    calibration: CalibrationPath = None,
+    specs: Specs = None,
     tolerance: Annotated[
         float | None, typer.Option(help="how far outputs may move: rms of the difference over rms of the output")
     ] = None,
@@ -80,14 +105,13 @@ def optimize(
     for path in (output, report, html):
         if path is not None:
             check_target(path)
-    data = None if calibration is None else _calibration(calibration)
-    example = None if inputs is None else _arrays(inputs)
     result = run(
         model,
-        example,
-        recipe=recipe,
+        None if inputs is None else _arrays(inputs),
+        recipe=_recipe(recipe, settings),
         target=target,
-        calibration=data,
+        calibration=None if calibration is None else _calibration(calibration),
+        inputs=_specs(specs),
         tolerance=tolerance,
         threads=threads,
         quiet=quiet or as_json,
@@ -105,6 +129,33 @@ def optimize(
             where=str(output),
             help="the file holds the best model within the budget; loosen the target or give calibration data",
         )
+
+
+@application.command()
+def plan(
+    model: ModelPath,
+    recipe: Annotated[str, typer.Option(help="prune, int8, another recipe, or a TOML file")] = "prune",
+    settings: Settings = None,
+    inputs: Inputs = None,
+    calibration: CalibrationPath = None,
+    specs: Specs = None,
+    target: Target = "cpu",
+    threads: Threads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show which channels would go (or which layers would be rounded): what the first lossy pass of a recipe plans."""
+    from graphopt.planning import plan_recipe
+
+    found = plan_recipe(
+        model,
+        None if inputs is None else _arrays(inputs),
+        recipe=_recipe(recipe, settings),
+        calibration=None if calibration is None else _calibration(calibration),
+        specs=_specs(specs),
+        target=target,
+        threads=threads,
+    )
+    _show(found, as_json)
 
 
 @application.command()
@@ -259,6 +310,55 @@ def _read(path: Path, reader: Callable[[], Any]) -> Any:
             where=str(path),
             help="write them with numpy.save or numpy.savez, without pickled objects",
         ) from error
+
+
+def _recipe(name: str, settings: Sequence[str] | None) -> Recipe:
+    """A recipe with the options that `--set` gives."""
+    from graphopt.recipe import read_value, resolve
+
+    recipe = resolve(name)
+    for setting in settings or ():
+        place, equals, text = setting.partition("=")
+        single, dot, option = place.strip().partition(".")
+        if not (equals and dot and single and option):
+            raise RecipeError(
+                f"{setting!r} is no setting",
+                where="--set",
+                help="write PASS.OPTION=VALUE, for instance prune-channels.ratio=0.5",
+            )
+        recipe = recipe.with_options(single, **{option.strip(): read_value(text.strip())})
+    return recipe
+
+
+def _specs(texts: Sequence[str] | None) -> dict[str, InputSpec]:
+    """What is known of inputs: `NAME:KEY=VALUE,...` each; names may hold colons themselves."""
+    from graphopt.inputs.probes import InputSpec
+
+    found: dict[str, InputSpec] = {}
+    keys = [field.name for field in dataclasses.fields(InputSpec)]
+    for text in texts or ():
+        name, _, stated = text.rpartition(":")
+        values: dict[str, Any] = {}
+        for entry in stated.split(","):
+            key, equals, value = (part.strip() for part in entry.partition("="))
+            if not (name and equals) or key not in keys or key in values:
+                raise DataError(
+                    f"{entry!r} says nothing of an input",
+                    where=f"--input-spec {text}",
+                    help=f"write NAME:KEY=VALUE,... with the keys {', '.join(keys)}, each once",
+                )
+            values[key] = value if key == "kind" else _number(value, f"--input-spec {text}")
+        if name in found:
+            raise DataError(f"input {name!r} is stated twice", where="--input-spec", help="put all keys into one")
+        found[name] = InputSpec(**values)
+    return found
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DataError(f"{text!r} is not a number", where=where) from error
 
 
 def _calibration(path: Path) -> list[Any]:

@@ -19,9 +19,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+_FIRST: tuple[str, ...] = ("eliminate-identity", "fold-constants")
 _EXACT: tuple[str, ...] = (
-    "eliminate-identity",
-    "fold-constants",
     "fuse-attention",
     "fuse-normalization",
     "fuse-activations",
@@ -35,6 +34,17 @@ _EXACT: tuple[str, ...] = (
     "eliminate-dead-code",
 )
 _LAST: tuple[str, ...] = ("merge-initializers",)
+_LOSSY: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "exact": (False, ()),
+    "int8": (False, ("quantize",)),
+    "default": (False, ("quantize",)),
+    "prune": (True, ()),
+    "prune-int8": (True, ("quantize", "fold-reconstruction")),
+}
+"""For each preset whether it prunes, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and `_LAST`."""
+_TOLERANCES = {"default": 0.1}
+PRESETS = tuple(sorted(_LOSSY))
+"""Names of the recipes of the house."""
 
 
 @dataclass(frozen=True)
@@ -71,26 +81,46 @@ class Recipe:
                         help=f"move {earlier.name} behind {later.name}",
                     )
 
+    def with_options(self, name: str, **options: Any) -> Recipe:
+        """The same recipe with other options of one pass, wherever that stands in it.
+
+        Args:
+            name: of the pass.
+            options: its options by name; those that are not named stay as they are.
+
+        Raises:
+            RecipeError: the recipe has no such pass, the pass no such option, or a value is bad.
+
+        Example:
+            >>> str(preset("int8").with_options("quantize", ranges="entropy").passes[-2])
+            "quantize(ranges='entropy')"
+        """
+        names = tuple(dict.fromkeys(single.name for single in self.passes))
+        if name not in names:
+            raise RecipeError(f"the recipe has no pass {name!r}", where=self.name, help=_suggest(name, names, "passes"))
+        passes = tuple(_replaced(single, options) if single.name == name else single for single in self.passes)
+        return dataclasses.replace(self, passes=passes)
+
 
 def preset(name: str) -> Recipe:
-    """A recipe of the house: `exact`, `int8` or `default`. Raises `RecipeError` for another name.
+    """A recipe of the house, one of `PRESETS`. Raises `RecipeError` for another name.
 
     `exact` rewrites without changing the function. `int8` quantizes after that. `default` is `int8` under a guard
-    that keeps a lossy pass only where its outputs stay near the original (or the user's metric does).
+    that keeps a lossy pass only where its outputs stay near the original (or the user's metric does). `prune` removes
+    30 % of the units of every group and rebuilds what they did, before the exact passes, which would hide
+    BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and rebuilds what rounding did.
+
+    Example:
+        >>> smaller = preset("prune").with_options("prune-channels", macs=0.6)
+        >>> str(smaller.passes[2])
+        "prune-channels(macs=0.6, compensation='least-squares')"
     """
-    exact, last = [build_pass(entry) for entry in _EXACT], [build_pass(entry) for entry in _LAST]
-    quantize = [build_pass("quantize")]
-    if name == "exact":
-        return Recipe(name, (*exact, *last))
-    if name == "int8":
-        return Recipe(name, (*exact, *quantize, *last))
-    if name == "default":
-        return Recipe(name, (*exact, *quantize, *last), tolerance=0.1)
-    raise RecipeError(f"unknown recipe {name!r}", help=_suggest(name, PRESETS, "recipes"))
-
-
-PRESETS = ("default", "exact", "int8")
-"""Names of the recipes of the house."""
+    if name not in _LOSSY:
+        raise RecipeError(f"unknown recipe {name!r}", help=_suggest(name, PRESETS, "recipes"))
+    prunes, lossy = _LOSSY[name]
+    pruning = [build_pass("prune-channels", {"compensation": "least-squares"})] if prunes else []
+    first, rest = ([build_pass(entry) for entry in names] for names in (_FIRST, (*_EXACT, *lossy, *_LAST)))
+    return Recipe(name, (*first, *pruning, *rest), _TOLERANCES.get(name))
 
 
 def resolve(recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str]) -> Recipe:
@@ -161,20 +191,43 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(error.what, where=where, help=error.help) from error
 
 
+def read_value(text: str) -> Any:
+    """The value of an option that was written on a command line: as TOML has it, or else the text itself.
+
+    Example:
+        >>> read_value("0.5"), read_value("[1, 2]"), read_value("l2"), read_value('{name = "global"}')
+        (0.5, [1, 2], 'l2', {'name': 'global'})
+    """
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return document["value"] if set(document) == {"value"} else text
+
+
 def build_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     """The pass of that name with these options. Raises `RecipeError` for an unknown name, option or bad value."""
     kind = ALL_PASSES.get(name)
     if kind is None:
         raise RecipeError(f"unknown pass {name!r}", help=_suggest(name, tuple(ALL_PASSES), "passes"))
+    return _made(kind, name, options or {})
+
+
+def _replaced(single: Pass, options: Mapping[str, Any]) -> Pass:
+    """A pass with other values of some options."""
+    return _made(type(single), single.name, {**dict(single.options()), **options})
+
+
+def _made(kind: type[Pass], name: str, options: Mapping[str, Any]) -> Pass:
     fields = {option.name for option in dataclasses.fields(kind) if option.init}  # type: ignore[arg-type]
-    for option in options or {}:
+    for option in options:
         if option not in fields:
             raise RecipeError(
                 f"pass {name} has no option {option!r}",
                 where=name,
                 help=_suggest(option, tuple(sorted(fields)), "options") if fields else "it has no options",
             )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in (options or {}).items()}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         return kind(**values)
     except GraphoptError as error:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.criteria import criterion
 from graphopt.errors import RecipeError
 from graphopt.passes import ALL_PASSES, FoldBatchnorm, Quantize
-from graphopt.recipe import PRESETS, build_pass, preset, read_recipe, resolve
+from graphopt.recipe import PRESETS, build_pass, preset, read_recipe, read_value, resolve
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -23,6 +24,73 @@ def test_exact_holds_no_lossy_pass() -> None:
 def test_every_pass_is_in_some_preset() -> None:
     used = {single.name for name in PRESETS for single in preset(name).passes}
     assert used == set(ALL_PASSES)
+
+
+def test_pruning_comes_before_what_hides_batch_normalization_and_attention() -> None:
+    for name in ("prune", "prune-int8"):
+        order = [single.name for single in preset(name).passes]
+        assert order[:3] == ["eliminate-identity", "fold-constants", "prune-channels"]
+        assert preset(name).tolerance is None
+        assert dict(preset(name).passes[2].options())["compensation"] == "least-squares"
+    assert order[-3:] == ["quantize", "fold-reconstruction", "merge-initializers"]
+    with pytest.raises(RecipeError, match="quantize stands before prune-channels"):
+        resolve(["quantize", "prune-channels"])
+
+
+def test_with_options_changes_one_pass_and_leaves_the_rest() -> None:
+    recipe = preset("prune").with_options("prune-channels", macs=0.5, keep=["3.*"])
+    options = dict(recipe.passes[2].options())
+    assert (options["macs"], options["keep"], options["compensation"]) == (0.5, ("3.*",), "least-squares")
+    assert (*recipe.passes[:2], *recipe.passes[3:]) == (*preset("prune").passes[:2], *preset("prune").passes[3:])
+    assert recipe.with_options("prune-channels", macs=None, ratio=0.2).passes[2] != recipe.passes[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("quantise", {}, "the recipe has no pass 'quantise'.*did you mean 'quantize'"),
+        ("quantize", {"bit": 4}, "no option 'bit'.*did you mean 'bits'"),
+        ("quantize", {"bits": 99}, "bits"),
+        ("prune-channels", {"ratio": 0.5, "macs": 0.5}, "several targets are given: ratio, macs"),
+        ("prune-channels", {"ratio": 1.5}, "ratio is 1.5"),
+        ("prune-channels", {"criterion": "l3"}, "l3"),
+        ("prune-channels", {"keep": "conv1"}, "keep is one string"),
+    ],
+)
+def test_bad_options_name_the_pass(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){message}"):
+        preset("prune-int8").with_options(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ('"l2"', "l2"),
+        ("l2", "l2"),
+        ('["*a*", "b"]', ["*a*", "b"]),
+        ('{name = "global"}', {"name": "global"}),
+        ("1\nother = 2", "1\nother = 2"),
+        ("", ""),
+    ],
+)
+def test_values_of_the_command_line_are_those_of_toml(text: str, value: object) -> None:
+    assert read_value(text) == value
+
+
+def test_a_pruning_in_toml(tmp_path: Path) -> None:
+    file = tmp_path / "narrow.toml"
+    file.write_text(
+        '[[pass]]\nname = "prune-channels"\nmacs = 0.5\nkeep = ["head*"]\ncompensation = "mean"\n'
+        '[pass.criterion]\nname = "l1"\ncombine = "max"\n'
+        '[[pass]]\nname = "fold-reconstruction"\nsource = "probes"\n'
+    )
+    first, second = read_recipe(file).passes
+    assert dict(first.options())["macs"] == 0.5
+    assert str(dict(first.options())["criterion"]) == str(criterion("l1", combine="max"))
+    assert str(second) == "fold-reconstruction(source='probes')"
 
 
 def test_runs_after_names_passes_that_exist() -> None:

@@ -91,7 +91,8 @@ def eliminate(losses: Losses) -> tuple[np.ndarray, np.ndarray]:
     Example:
         >>> covariance, weight = np.diag([4.0, 1.0, 9.0]), np.array([[1.0, 1.0, 1.0]])
         >>> ridge = np.full(3, 1e-9)
-        >>> order, errors = eliminate(Losses((Reader(np.diag(1 / np.diag(covariance)), weight, ridge, 3),), np.zeros(3)))
+        >>> reader = Reader(np.linalg.inv(covariance + np.diag(ridge)), weight, ridge, 3)
+        >>> order, errors = eliminate(Losses((reader,), np.zeros(3)))
         >>> order.tolist(), errors.round(6).tolist()
         ([1, 0, 2], [1.0, 5.0, 14.0])
     """

@@ -13,12 +13,13 @@ from graphopt.criteria.domain import DomainSimilarity
 from graphopt.criteria.gradient import Fisher, Taylor, TaylorBatchnorm
 from graphopt.criteria.magnitude import L1, L2, BatchnormScale, FoldedNorm, Random
 from graphopt.criteria.path import CoupledPath
+from graphopt.criteria.residual import Residual
 from graphopt.criteria.unanimous import Unanimous
 from graphopt.errors import GraphoptError
 
 _KINDS: tuple[type[Criterion], ...] = (
     *(L1, L2, FoldedNorm, BatchnormScale, Fpgm, KReciprocal, CoupledPath, Random),
-    *(ActivationMean, ActivationVariance, Apoz, DomainSimilarity),
+    *(ActivationMean, ActivationVariance, Apoz, DomainSimilarity, Residual),
     *(Taylor, TaylorBatchnorm, Fisher),
     Unanimous,
 )

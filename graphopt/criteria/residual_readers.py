@@ -18,10 +18,10 @@ from graphopt.criteria.members import Membership
 from graphopt.criteria.ownership import Owned
 from graphopt.errors import DataError
 from graphopt.ir.channels import ChannelGroup
-from graphopt.ir.linear import channel_axis, linear_at
+from graphopt.ir.linear import LINEAR_OPS, Linear, channel_axis, linear_at
 from graphopt.ir.linear_rows import LinearRows, linear_rows
 from graphopt.ir.pieces import Pieces
-from graphopt.ir.rewrite import DeclinedError, is_op, sole_consumer
+from graphopt.ir.rewrite import DeclinedError, constant_tensor, is_op, sole_consumer
 
 _ROWS_A_COLUMN, _ROWS = 16, 8192
 """How many rows are looked at for each column, and beyond; with as many for each, covariances are taken as they are."""
@@ -33,11 +33,15 @@ class _Operator:
     """A linear operator that mixes channels.
 
     Attributes:
+        node: of the model.
+        data: what it reads.
         rows: how its arrays become matrices.
         end: what it makes, behind what scales and shifts it and behind the addition of another branch.
         factor: what its results are multiplied with on the way there, float64 [M].
     """
 
+    node: ir.Node
+    data: ir.Value
     rows: LinearRows
     end: ir.Value
     factor: np.ndarray
@@ -56,7 +60,7 @@ class _Patches:
 
     @property
     def data(self) -> ir.Value:
-        return self.rows.linear.data
+        return self.operators[0].data
 
 
 def group_losses(
@@ -112,68 +116,93 @@ def _patches(knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> list[_Patc
             reading.setdefault(node, []).append(group)
     found: dict[_Key, _Patches] = {}
     for node in knowledge.model.graph:
-        for group in reading.get(node, ()):
-            try:
-                rows = _mixing_rows(node, membership)
-                if rows is None:
-                    continue
-                owned = _owned(rows, group, membership, knowledge)
-            except DeclinedError:
-                continue
-            if owned is None:
-                continue
-            # Groups are part of the key: those that read one operator nearly always read its neighbours as well.
-            linear = rows.linear
-            names = tuple(other.name for other in reading[node])
+        if node not in reading:
+            continue
+        try:
+            operator = _mixing(node, membership)
+        except DeclinedError:
+            continue
+        if operator is None:
+            continue
+        pairs = [(group, _owned(operator, group, membership, knowledge)) for group in reading[node]]
+        owners = [(group, owned) for group, owned in pairs if owned is not None]
+        if owners:
+            rows, linear = operator.rows, operator.rows.linear
             placing = (rows.strides, rows.dilations, rows.begins, rows.ends, rows.spread)
-            key = (linear.data, linear.in_axis, linear.kernel, linear.groups, placing, names)
-            patches = found.setdefault(key, _Patches())
-            if all(operator.rows.linear.node is not node for operator in patches.operators):
-                patches.operators.append(_operator(rows, membership))
-            if all(other is not group for other, _ in patches.groups):
-                patches.groups.append((group, owned))
+            names = tuple(group.name for group, _ in owners)
+            key = (operator.data, linear.in_axis, linear.kernel, linear.groups, placing, names)
+            found.setdefault(key, _Patches(groups=owners)).operators.append(operator)
     return list(found.values())
 
 
-def _mixing_rows(node: ir.Node, membership: Membership) -> LinearRows | None:
-    """The node as a product of matrices; None where it does not sum over channels of computed data.
+def _mixing(node: ir.Node, membership: Membership) -> _Operator | None:
+    """A node as an operator; None where it does not sum over channels of computed data.
 
     Raises:
-        DeclinedError: it cannot be seen as one.
+        DeclinedError: its weight or its padding has a form that cannot be worked with.
     """
-    linear = linear_at(node)
-    if linear is None or membership.is_weight(linear.data) or linear.in_channels // linear.groups < 2:
+    if not is_op(node, *LINEAR_OPS):
         return None
-    return linear_rows(linear)
+    linear = linear_at(_with_constants(node, membership))
+    if linear is None or linear.in_channels // linear.groups < 2:
+        return None
+    data = node.inputs[linear.data_index]
+    if data is None or membership.is_weight(data):
+        return None
+    return _Operator(node, data, linear_rows(linear), *_end(node, linear, membership))
 
 
-def _owned(rows: LinearRows, group: ChannelGroup, membership: Membership, knowledge: Knowledge) -> Owned | None:
+def _with_constants(node: ir.Node, membership: Membership) -> ir.Node:
+    """A node like `node`, of no graph, where weights that the graph computes (transposes, dequantizes) are constants.
+
+    The node itself where there are none.
+    """
+    weights = [value is not None and membership.is_weight(value) for value in node.inputs]
+    pairs = list(zip(node.inputs, weights, strict=True))
+    if all(constant_tensor(value) is not None for value, known in pairs if known):
+        return node
+    operands: list[ir.Value | None] = []
+    for value, known in pairs:
+        if value is None:
+            operands.append(None)
+        elif known:
+            tensor = ir.Tensor(membership.weights.array(value), name=value.name)
+            operands.append(ir.node("Constant", [], {"value": tensor}).outputs[0])
+        else:  # a use of the value itself would change the model
+            operands.append(ir.Value(name=value.name, shape=value.shape, type=value.type))
+    return ir.Node(node.domain, node.op_type, operands, tuple(node.attributes.values()), num_outputs=1)
+
+
+def _owned(operator: _Operator, group: ChannelGroup, membership: Membership, knowledge: Knowledge) -> Owned | None:
     """Which of the channels that an operator reads belong to which unit; None where it is not one unit each."""
-    value = rows.linear.data
-    axis = channel_axis(rows.linear.in_axis, len(knowledge.groups.analysis.state.tracks[value]))
+    linear = operator.rows.linear
+    axis = channel_axis(linear.in_axis, len(knowledge.groups.analysis.state.tracks[operator.data]))
     ownership = membership.ownership(group)
-    if axis not in ownership.axes(value):
+    if axis not in ownership.axes(operator.data):
         return None
-    owned = ownership.owned(value, axis, rows.linear.in_channels)
+    owned = ownership.owned(operator.data, axis, linear.in_channels)
     single = len(np.unique(owned.coordinates)) == len(owned.coordinates)
-    return owned if single and owned.coordinates.max(initial=0) < rows.linear.in_channels else None
+    return owned if single and owned.coordinates.max(initial=0) < linear.in_channels else None
 
 
-def _operator(rows: LinearRows, membership: Membership) -> _Operator:
-    """Follow what an operator makes through constant scales and shifts up to the addition of another branch."""
-    linear = rows.linear
-    value, factor = linear.result, np.ones(linear.out_channels)
-    while (node := sole_consumer(value)) is not None:
-        others = [operand for operand in node.inputs if operand is not None and operand is not value]
+def _end(node: ir.Node, linear: Linear, membership: Membership) -> tuple[ir.Value, np.ndarray]:
+    """What an operator makes, followed through constant scales and shifts up to the addition of another branch.
+
+    Returns:
+        The value there, and what the results are multiplied with on the way, float64 [M].
+    """
+    value, factor = node.outputs[0], np.ones(linear.out_channels)
+    while (reader := sole_consumer(value)) is not None:
+        others = [operand for operand in reader.inputs if operand is not None and operand is not value]
         constant = all(membership.is_weight(operand) for operand in others)
-        if is_op(node, "BatchNormalization") and constant and linear.out_axis == 1 and node.inputs[0] is value:
-            factor = factor * membership.normalization_factor(node)
-        elif not is_op(node, "Add") or len(others) != 1:
+        if is_op(reader, "BatchNormalization") and constant and linear.out_axis == 1 and reader.inputs[0] is value:
+            factor = factor * membership.normalization_factor(reader)
+        elif not is_op(reader, "Add") or len(others) != 1:
             break
-        value = node.outputs[0]
+        value = reader.outputs[0]
         if not constant:
             break
-    return _Operator(rows, value, factor)
+    return value, factor
 
 
 class _Survey:
@@ -233,7 +262,7 @@ class _Survey:
             weight[group][:, at] = self._weight[group][:, within[at]]
         weight = weight.reshape(-1, len(columns))
         if len(weight) > len(columns):
-            weight = np.linalg.qr(weight, mode="r")  # the same products W^T W in fewer rows
+            weight = np.asarray(np.linalg.qr(weight, mode="r"))  # the same products W^T W in fewer rows
         ridge = np.where(real, self._ridge[np.where(real, block, 0)], 1.0)
         return Reader(inverse, weight, ridge, owned.count)
 
@@ -270,31 +299,30 @@ class _Sample:
             yield patches - shift
 
     def covariances(self, taps: int) -> np.ndarray:
-        """Float64 [G, K, K]; with one of several taps, those of the channels, every tap being a row of its own."""
-        groups, channels = self.rows.groups, self.rows.linear.in_channels // self.rows.groups
-        columns = channels * taps
-        inner, sums, count = np.zeros((groups, columns, columns)), np.zeros((groups, columns)), 0
+        """Float64 [G, K, K]; with one of several taps, those of the channels, averaged over the taps."""
+        groups, columns = self.rows.groups, self.rows.linear.in_channels // self.rows.groups * taps
+        inner = np.zeros((groups, columns, columns))
+        mean, count = np.zeros((groups, columns, self.rows.columns // columns)), 0
         for patches in self.patches():
-            if columns != self.rows.columns:
-                by_tap = patches.reshape(groups, patches.shape[1], channels, -1).swapaxes(2, 3)
-                patches = by_tap.reshape(groups, -1, channels)
-            inner += patches.transpose(0, 2, 1) @ patches
-            sums += patches.sum(axis=1, dtype=np.float64)
+            by_tap = patches.reshape(*patches.shape[:2], columns, -1)
+            mean += by_tap.sum(axis=1, dtype=np.float64)
+            rows = by_tap.swapaxes(2, 3).reshape(groups, -1, columns)
+            inner += rows.transpose(0, 2, 1) @ rows
             count += patches.shape[1]
-        mean = sums / max(count, 1)
-        covariance = inner / max(count, 1) - mean[:, :, None] * mean[:, None, :]
+        mean /= max(count, 1)
+        covariance = (inner / max(count, 1) - mean @ mean.swapaxes(1, 2)) / mean.shape[2]
         return _shrunk(covariance, count)
 
     def variances(self) -> np.ndarray:
-        """Variances of the channels alone, float64 [G, C / G]."""
+        """Variances of the channels alone, averaged over the taps, float64 [G, C / G]."""
         groups, channels = self.rows.groups, self.rows.linear.in_channels // self.rows.groups
-        squares, sums, count = np.zeros((groups, channels)), np.zeros((groups, channels)), 0
+        squares, mean, count = np.zeros((groups, self.rows.columns)), np.zeros((groups, self.rows.columns)), 0
         for patches in self.patches():
-            by_channel = patches.reshape(groups, patches.shape[1], channels, -1)
-            squares += np.square(by_channel).sum(axis=(1, 3), dtype=np.float64)
-            sums += by_channel.sum(axis=(1, 3), dtype=np.float64)
-            count += by_channel.shape[1] * by_channel.shape[3]
-        return np.maximum(squares / max(count, 1) - np.square(sums / max(count, 1)), 0)
+            squares += np.square(patches).sum(axis=1, dtype=np.float64)
+            mean += patches.sum(axis=1, dtype=np.float64)
+            count += patches.shape[1]
+        variance = squares / max(count, 1) - np.square(mean / max(count, 1))
+        return np.maximum(variance, 0).reshape(groups, channels, -1).mean(axis=2)
 
 
 def _variance_at(operator: _Operator, pieces: Pieces) -> float | None:

@@ -23,6 +23,8 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _ENOUGH_ROWS = 20
 """Rows an input from which on the smallest ridge is right: there is nothing to overfit."""
 _TINY = 1e-12
+_SMALLEST_RIDGE = 1e-9
+"""A ridge near rounding does not make a singular covariance regular: directions without variance are left out then."""
 
 
 @dataclass
@@ -149,14 +151,14 @@ def _divide(wanted: np.ndarray, covariance: np.ndarray, ridge: float) -> np.ndar
     scale = float(np.mean(np.diagonal(covariance)))
     if not scale > 0:
         return np.zeros_like(wanted)
-    if ridge > 0:
+    if ridge > _SMALLEST_RIDGE:
         regular = covariance.copy()
         np.fill_diagonal(regular, np.diagonal(regular) + ridge * scale)
         try:
             factor = scipy.linalg.cho_factor(regular, overwrite_a=True)
             return scipy.linalg.cho_solve(factor, wanted.T).T
         except np.linalg.LinAlgError:
-            pass  # a ridge below rounding: directions without variance are left out instead
+            pass  # sums of float32 products may be indefinite by rounding
     values, vectors = np.linalg.eigh(covariance)
     kept = values > _TINY * values.max() * len(values)
     inside = vectors[:, kept]

@@ -33,6 +33,8 @@ _DARKEST, _BRIGHTEST = -2.2, 2.7
 _INTEGER_HIGH = 8
 """One above the largest integer given to an input of which nothing is known."""
 _AUDIO_WORDS = ("audio", "wav", "waveform", "speech", "signal")
+_IMAGE_WORDS = ("pixel", "image", "img", "picture")
+"""Names of images, some of which hold a word of caches too: `pixel_values`."""
 _CACHE_WORDS = ("past", "key", "value", "cache", "state", "hidden")
 _KEEPS_INDICES = {
     "Cast",
@@ -341,7 +343,7 @@ def input_kind(value: ir.Value, shape: tuple[int, ...]) -> str:
         return "tokens" if _index_limit(value) is not None else "integer"
     if any(word in name for word in _AUDIO_WORDS) or (len(shape) == 3 and shape[1] <= 2 and shape[2] >= 256):
         return "audio"
-    if any(word in name for word in _CACHE_WORDS):
+    if any(word in name for word in _CACHE_WORDS) and not any(word in name for word in _IMAGE_WORDS):
         return "gaussian"
     first = dimension_name(value, 0) if value.shape else None
     if len(shape) == 3 and first is not None and dimension_role(value, 0, first) == "batch":

@@ -6,7 +6,9 @@ a bound and in a temporary folder beyond it.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,14 +94,18 @@ class Pieces:
         graph = _Reading(self.model.graph)
         piece = graph.ancestors(wanted, self._done, self._known)
         outside = {value for node in piece for value in graph.reads[node] if value in self._known}
-        made = [value for node in self.model.graph if node in piece for value in node.outputs]
+        made = [value for node in self.model.graph if node in piece for value in node.outputs if value.name]
         results = [
             value
             for value in made
             if value in self._held or any(reader not in piece for reader in graph.readers.get(value, ()))
         ]
         sources = [value for value in self._known if value in outside]
-        session = open_piece(self.model, sources, results, threads=self._threads, optimized=self._optimized)
+        nodes = [node for node in self.model.graph if node in piece]
+        types = {value: self._arrays.get(value, 0).dtype for value in sources}
+        session = open_piece(
+            self.model, nodes, sources, results, types=types, threads=self._threads, optimized=self._optimized
+        )
         for batch in range(self.batches):
             feeds = {value.name or "": self._arrays.get(value, batch) for value in sources}
             for value, array in zip(results, session.run_feeds(feeds), strict=True):
@@ -146,18 +152,42 @@ class Pieces:
 
 def open_piece(
     model: ir.Model,
+    nodes: Sequence[ir.Node],
     inputs: Sequence[ir.Value],
     outputs: Sequence[ir.Value],
     *,
+    types: Mapping[ir.Value, np.dtype] | None = None,
     threads: int = 0,
     optimized: bool = True,
 ) -> Session:
-    """A session of the part of the main graph that lies between some values.
+    """A session of some nodes of the main graph, in their order.
+
+    Args:
+        model: holds them.
+        nodes: what is run.
+        inputs: what they read from outside, constants left out.
+        outputs: what is returned.
+        types: dtypes of the inputs whose type the graph does not know.
+        threads: intra-op threads of onnxruntime, 0 for all cores.
+        optimized: whether onnxruntime may fuse.
 
     Raises:
         InvalidGraphError: onnxruntime cannot load it.
     """
-    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    read = dict.fromkeys(value for node in nodes for value in _read_by(node, model.graph))
+    constants = [value for value in read if value is not None and value.is_initializer() and value not in inputs]
+    view = ir.GraphView(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=constants,
+        opset_imports=model.graph.opset_imports,
+        name=model.graph.name,
+    )
+    graph = view.clone()
+    for own, value in zip(graph.inputs, inputs, strict=True):
+        if own.type is None and types is not None:
+            own.type = ir.TensorType(ir.DataType.from_numpy(types[value]))
     piece = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     return open_session(piece, threads=threads, optimized=optimized)
 
@@ -210,16 +240,17 @@ class _Arrays:
     def __init__(self, memory: int) -> None:
         self._memory, self._used = memory, 0
         self._inside: dict[ir.Value, dict[int, np.ndarray | Path]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._files = 0
 
     def put(self, value: ir.Value, batch: int, array: np.ndarray) -> None:
         entry: np.ndarray | Path = array
         if self._used + array.nbytes > self._memory and array.dtype != object:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+                self._folder = Path(tempfile.mkdtemp(prefix="graphopt-"))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             self._files += 1
-            entry = Path(self._folder.name) / f"{self._files}.npy"
+            entry = self._folder / f"{self._files}.npy"
             np.save(entry, array, allow_pickle=False)
         else:
             self._used += array.nbytes

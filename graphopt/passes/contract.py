@@ -77,7 +77,7 @@ class Context:
     progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
     _memo: dict[str, Inputs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def inputs(self, model: ir.Model, source: str | InputSource = "auto", samples: int = 256) -> Inputs:
+    def inputs(self, model: ir.Model, source: str | InputSource = "auto", samples: int | None = None) -> Inputs:
         """Inputs for a model; whoever asks for the same model, source and number of samples gets the same ones.
 
         Args:
@@ -86,7 +86,8 @@ class Context:
             source: one of `graphopt.inputs.source.SOURCES`, or a source with settings of its own. "auto" is the
                 user's calibration where given, else synthetic where torch is installed and the model can be lifted,
                 else probes.
-            samples: at most how many samples, whole batches where the batch is fixed.
+            samples: at most how many samples, whole batches where the batch is fixed; None leaves it to the source
+                (512 where they are small, 256 where they are large).
 
         Returns:
             Re-iterable batches with their source, and why it is that one.

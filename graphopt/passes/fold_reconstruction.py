@@ -13,7 +13,7 @@ from graphopt.errors import GraphoptError
 from graphopt.inputs.batches import SampleCounter, resized
 from graphopt.inputs.probes import probe_feeds, symbolic_sizes
 from graphopt.inputs.rebatch import rebatched
-from graphopt.inputs.source import SOURCES
+from graphopt.inputs.source import SOURCES, FirstSamples
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.cost import cost
 from graphopt.ir.dimensions import symbolic_dimensions
@@ -164,12 +164,12 @@ class FoldReconstruction(Pass):
 
     def _least_squares(self, model: ir.Model, origin: Origin, context: Context) -> Reconstruction:
         macs = _macs_of_one(origin.model, context.sizes)
-        samples = self.samples or int(np.clip(_SAMPLE_MACS / max(macs, 1), _LEAST_SAMPLES, _MOST_SAMPLES))
-        refits = (3 if macs * samples <= _REFIT_MACS else 0) if self.refits is None else self.refits
-        found = context.inputs(origin.model, self.source, samples)
+        found = context.inputs(origin.model, self.source, self.samples)
+        most = self.samples or int(np.clip(_SAMPLE_MACS / max(macs, 1), _LEAST_SAMPLES, _MOST_SAMPLES))
+        refits = (3 if macs * most <= _REFIT_MACS else 0) if self.refits is None else self.refits
         context.note("rebuild", f"inputs from {found.source}: {found.why}", model.graph.name or "model")
-        effort = Effort(self.ridge, self.hinges, refits)
-        sweep = Sweep(model, origin, rebatched(origin.model, found.batches), effort, context, refit)
+        batches = rebatched(origin.model, FirstSamples(origin.model, found.batches, most))
+        sweep = Sweep(model, origin, batches, Effort(self.ridge, self.hinges, refits), context, refit)
         sweep.run()
         if sweep.solved:
             before = float(np.median([one.before for one in sweep.solved]))
@@ -179,7 +179,7 @@ class FoldReconstruction(Pass):
                 f"{len(sweep.solved)} operators, relative square error {before:.2g} -> {after:.2g} (median)",
                 model.graph.name or "model",
             )
-        return Reconstruction(self.form, found.source, found.why, samples, tuple(sweep.solved))
+        return Reconstruction(self.form, found.source, found.why, most, tuple(sweep.solved))
 
     def _closed(self, model: ir.Model, origin: Origin, context: Context) -> Reconstruction:
         if origin.selection is None:

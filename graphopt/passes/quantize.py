@@ -79,6 +79,7 @@ class Quantize(Pass):
         "merge-linear",
         "merge-branches",
         "pool-reduce-mean",
+        "prune-channels",
     )
 
     ranges: str = "minmax"
@@ -160,7 +161,7 @@ class Quantize(Pass):
             sources = dict.fromkeys(names, "calibration")
         else:
             found, anchored = observe_probes(
-                model, names, context.sizes, histograms=histograms, threads=context.threads
+                model, names, context.sizes, histograms=histograms, threads=context.threads, specs=context.specs
             )
             sources = {
                 value.name or "": "batchnorm" if _origin(value).name in anchored else "probes"

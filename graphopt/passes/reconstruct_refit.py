@@ -107,7 +107,7 @@ def refit(site: Site, path: Path, sweep: Sweep) -> None:
     first = linear_rows(path.producer)
     rows = site.rows.count(site.data(0))
     batches = range(max(1, min(site.damaged.batches, _ROWS // max(rows, 1))))
-    session = open_piece(sweep.model, [path.start], [path.end], threads=0) if path.nodes else None
+    session = open_piece(sweep.model, path.nodes, [path.start], [path.end], threads=0) if path.nodes else None
     site.chosen = [None] * site.damaged.batches
     pair = _Pair(
         site,

@@ -12,20 +12,21 @@ solved again for the rounded weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.inputs.moments import SecondMoments, choose_ridge
-from graphopt.ir.linear import Linear
+from graphopt.ir.linear import LINEAR_OPS, Linear
 from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
 from graphopt.ir.origin import Origin
 from graphopt.ir.pieces import Pieces
 from graphopt.ir.quantized_linear import QuantizedLinear, linear_view_at
 from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op
 from graphopt.passes.contract import Context
+from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.reconstruct_rounding import beyond_clamp, prior_weight, round_solution
 from graphopt.passes.reconstruct_sites import Path, Tail, damaged_values, path_to, tails, target_rows
 
@@ -164,6 +165,10 @@ class Sweep:
     def run(self) -> None:
         """Solve every operator that reads damaged values or has a rounded weight, in graph order."""
         damaged = damaged_values(self.model, self.origin)
+        if any(_has_computed_weight(node) for node in self.model.graph):
+            names = {value.name for value in damaged}
+            FoldConstants().rewrite(self.model, Context())
+            damaged = {value for value in _values(self.model) if value.name in names}
         nodes = [node for node in self.model.graph if self._is_site(node, damaged)]
         paths = {node: self._path(node) for node in nodes}
         self.damaged.hold(path.producer.data for path in paths.values() if path is not None)
@@ -202,7 +207,7 @@ class Sweep:
         if self.refit is None or not self.effort.refits or linear.data.name not in self.origin.kept:
             return None
         path = path_to(linear.data)
-        if path is None or _shared(path.producer) or _shared(linear):
+        if path is None or _shared(path.producer) or _shared(linear) or is_op(node, "ConvTranspose"):
             return None
         return path
 
@@ -333,6 +338,26 @@ class Sweep:
     def store(self, linear: Linear, weight: np.ndarray, bias: np.ndarray) -> None:
         """Write a weight [M, C / G, *kernel] and bias [M] back."""
         linear.store(self.rewriter, weight, bias)
+
+
+def _has_computed_weight(node: ir.Node) -> bool:
+    """Whether a linear operator reads what is computed of constants alone: a turned weight, say."""
+    if not is_op(node, *LINEAR_OPS):
+        return False
+    makers = [value.producer() for value in node.inputs[:2] if value is not None]
+    return any(
+        maker is not None
+        and not is_op(maker, "DequantizeLinear")
+        and all(value is None or value.is_initializer() for value in maker.inputs)
+        for maker in makers
+    )
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
 
 
 def _shared(linear: Linear) -> bool:

@@ -10,6 +10,8 @@ from typing import ClassVar, cast
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.criteria.contract import Knowledge
+from graphopt.criteria.residual import residual_curves
 from graphopt.errors import DataError, GraphoptError
 from graphopt.ir.channels import ChannelGroups
 from graphopt.ir.removal import mask_channels
@@ -25,7 +27,7 @@ _FLOOR = 1e-10
 _FLATTEST, _STEEPEST = 0.05, 200.0
 """Bounds of the fitted rate: an error that does not rise with the share says that anything may go, not everything."""
 _LARGEST_ERROR = 1e6
-_OBJECTIVES = ("error", "shape")
+_OBJECTIVES = ("error", "shape", "residual")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Sensitivity(Allocation):
-    """Shares that balance how fast the error of each group grows, from curves that are measured or given.
+    """Shares that balance how fast the error of each group grows, from curves that are measured, computed or given.
 
     The lowest-scored units of one group alone are masked, at a few shares rho, and the relative squared error of the
     outputs is measured on the inputs at hand. An exponential is fitted to each curve, ln I = ln a + k rho, weighted by
@@ -62,14 +64,20 @@ class Sensitivity(Allocation):
     by its largest value ("shape"). With "error" curves keep their size and errors are not weighted by cost, so that
     the sum of the errors themselves is least: rho_l = clip( ln( x F_l / (a_l k_l) ) / k_l, 0, limit ).
 
+    With "residual" nothing is masked: the error of a group is what least squares cannot make up for where its channels
+    are read, in closed form at every number of units (`graphopt.criteria.residual.residual_curves`), whichever
+    criterion ranks them. These curves begin at 0 and are no exponentials: the largest convex curve below each is
+    followed itself, always where the next stretch costs least error for what it saves, which minimises the sum of
+    these errors. It is meant for pruning with a reconstruction behind.
+
     Curves are as good as the inputs. ResNet-20, MACs to 0.8 of what they were, units by L2, nothing compensated, top-1
     on 2,000 images: 80.0 with 128 unlabelled images, 78.5 with synthetic inputs, 64.9 on 1/f probes, which make the
     first and the last layers look harmless; 74.0 for uniform, 87.25 before. At 0.7: 61.8, 57.3, 28.2; uniform 57.6.
 
     Options:
-        shares: of a group that are masked in turn, each in (0, 1).
-        samples: number of inputs that errors are measured on, at most.
-        objective: "error" or "shape", see above.
+        shares: of a group that are masked in turn, each in (0, 1); "residual" needs none.
+        samples: number of inputs that errors are measured on, at most; "residual" takes all that there are.
+        objective: "error", "shape" or "residual", see above.
         limit: largest share of a group that may go. CC has 0.95; curves that were measured up to 0.7 say nothing
             that far.
         curves: what somebody else computed, as pairs of a group's name and its `Curve`, or a mapping
@@ -124,6 +132,8 @@ class Sensitivity(Allocation):
         missing = [candidate for candidate in problem.candidates if candidate.name not in curves]
         if missing:
             curves |= self._measured(problem, missing)
+        if self.objective == "residual":
+            return self._along_curves(problem, curves)
         fits = [self._fit(curves[candidate.name]) for candidate in problem.candidates]
         weights = np.ones(len(fits))
         if self.objective == "error":
@@ -141,6 +151,28 @@ class Sensitivity(Allocation):
 
         return removed
 
+    def _along_curves(self, problem: Problem, curves: Mapping[str, Curve]) -> Path:
+        """The stretches of all curves by how much error they cost for what they save, the cheapest first."""
+        stretches: list[tuple[float, int, float, float]] = []
+        for number, candidate in enumerate(problem.candidates):
+            shares, errors = convex_curve(curves[candidate.name], self.limit)
+            prices = np.diff(errors) / np.diff(shares) / _weight(problem, candidate)
+            pairs = zip(prices.tolist(), shares[:-1].tolist(), shares[1:].tolist(), strict=True)
+            stretches.extend((price, number, first, last) for price, first, last in pairs)
+        stretches.sort()
+
+        def removed(pressure: float) -> dict[str, float]:
+            position = pressure * len(stretches)
+            gone = [0.0] * len(problem.candidates)
+            for index, (_, number, first, last) in enumerate(stretches[: math.ceil(position)]):
+                gone[number] = first + min(position - index, 1.0) * (last - first)
+            return {
+                candidate.name: min(share * candidate.units, float(candidate.most))
+                for candidate, share in zip(problem.candidates, gone, strict=True)
+            }
+
+        return removed
+
     def _fit(self, curve: Curve) -> Exponential:
         shares, errors = (np.array(side, np.float64) for side in curve)
         if self.objective == "shape" and errors.max() > 0:
@@ -154,6 +186,11 @@ class Sensitivity(Allocation):
                 where="allocation",
                 help="pass calibration inputs or let probes stand in, give curves, or choose allocation='uniform'",
             )
+        if self.objective == "residual":
+            knowledge = Knowledge(problem.model, problem.groups, problem.feeds(), problem.threads)
+            scores = {candidate.name: candidate.scores for candidate in candidates}
+            found = residual_curves(knowledge, [candidate.group for candidate in candidates], scores)
+            return {name: _checked(name, (tuple(x), tuple(y))) for name, (x, y) in found.items()}
         feeds = first_samples(problem.feeds(), self.samples)
         return measured_curves(
             problem.model, candidates, self.shares, feeds, groups=problem.groups, threads=problem.threads
@@ -175,6 +212,35 @@ def _checked(name: str, curve: Curve) -> Curve:
         raise GraphoptError("a curve is a pair of shares and errors, equally many", where=name)
     if not all(0 < share <= 1 for share in shares) or not all(error >= 0 and math.isfinite(error) for error in errors):
         raise GraphoptError("shares of a curve are in (0, 1], errors are finite and at least 0", where=name)
+    return shares, errors
+
+
+def convex_curve(curve: Curve, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """The largest convex curve from (0, 0) below the points of a curve, up to a share.
+
+    Args:
+        curve: shares and errors.
+        limit: points of larger shares are left out.
+
+    Returns:
+        Its corners: shares, ascending from 0, and errors, float64 [corners]; slopes between them rise.
+
+    Example:
+        >>> convex_curve(((0.25, 0.5, 0.75, 1.0), (0.3, 0.4, 0.9, 5.0)), 0.75)
+        (array([0.  , 0.5 , 0.75]), array([0. , 0.4, 0.9]))
+    """
+    points = sorted((share, error) for share, error in zip(*curve, strict=True) if share <= limit + 1e-9)
+    corners = [(0.0, 0.0)]
+    for share, error in points:
+        if share <= corners[-1][0]:
+            continue
+        while len(corners) > 1:
+            (first, low), (second, high) = corners[-2:]
+            if (high - low) * (share - second) < (error - high) * (second - first):
+                break
+            corners.pop()
+        corners.append((share, error))
+    shares, errors = np.array(corners).T
     return shares, errors
 
 

@@ -155,6 +155,14 @@ def test_sound_is_pink_and_caches_are_gaussian() -> None:
     )
 
 
+def test_pixel_values_are_an_image() -> None:
+    made = model("float[2, 3, 32, 32] pixel_values, float[2, 3, 32, 32] past_key_values")
+    feeds = probe_feeds(made)[0]
+    alike = {name: np.corrcoef(x[..., 1:].ravel(), x[..., :-1].ravel())[0, 1] for name, x in feeds.items()}
+    assert alike["pixel_values"] > 0.6
+    assert alike["past_key_values"] < 0.1
+
+
 def test_what_the_user_states_wins() -> None:
     made = model("float[1, 3, 32, 32] x")
     x = probe_feeds(made, specs={"x": InputSpec(low=0, high=255)})[0]["x"]

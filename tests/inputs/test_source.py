@@ -21,6 +21,7 @@ from graphopt.inputs.probes import InputSpec
 from graphopt.inputs.source import MADE_UP, SOURCES, FirstSamples, Inputs, InputSource, Probes, find_inputs
 from graphopt.inputs.synthetic import Synthetic, UnavailableError
 from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.progress import Progress
 from tests.inputs.nets import conv_net
 
 TOKENS = ir.from_onnx_text(
@@ -115,7 +116,7 @@ def test_calibration_is_not_used_when_probes_are_asked_for() -> None:
     assert arrays(found)[0].shape == (5, 3)
 
 
-@pytest.mark.parametrize("source", [Probes(), QUICK])
+@pytest.mark.parametrize("source", [Probes(), Synthetic(matched=replace(Synthetic().matched, steps=0))])
 def test_the_number_of_samples_may_be_left_to_the_source(source: InputSource) -> None:
     found = find_inputs(conv_net(), source, samples=None)
     assert sum(map(len, arrays(found))) == 512
@@ -296,6 +297,15 @@ def test_progress_is_passed_on() -> None:
     context = Context(progress=lambda *told_: told.append(told_))
     context.inputs(conv_net(), QUICK, samples=2)
     assert told == [(1, 2, "synthetic inputs"), (2, 2, "synthetic inputs")]
+
+
+def test_progress_shows_how_far_the_inputs_are() -> None:
+    progress = Progress(quiet=True, total=3)
+    progress.start("quantize")
+    find_inputs(conv_net(), QUICK, samples=2, progress=progress.detail)
+    (task,) = progress._bar.tasks
+    assert task.description == "quantize: synthetic inputs 2/2"
+    assert task.completed == 0
 
 
 def test_optimize_takes_what_is_stated_of_the_inputs() -> None:
