@@ -8,7 +8,7 @@ Sections: `forms` (every form on the same cut, 10 to 50 %, and the speed), `fold
 BatchNormalization), `bits` (8, 6 and 4 bits on top), `allocation` (accuracy over MACs, with a plot), `recovery` (an
 epoch without labels), `transformer` (heads and MLP of a ViT), `cost` (seconds and memory on ResNet-50). No label of the
 training images is read, and but for `recovery` no cut network is trained. A section that is done is kept at once, so
-that a run that was stopped loses only the one it was at.
+that a run that was stopped loses only the one it was at, and sections may run side by side.
 """
 
 from __future__ import annotations
@@ -101,9 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     short = options.quick or options.seconds != SECONDS
     found = SectionResults(NAME, QUESTION, options.command, complete=False)
     others = [name for name in SECTIONS if name not in options.models]
-    if not short:
-        for document in kept():
-            found.take(document, others)
     setting = Setting(options)
     for name in options.models:
         with stopwatch() as watch:
@@ -111,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found.put(name, {"command": options.command, "date": now(), "seconds": watch.seconds, **_place()}, rows)
         progress(f"{name}: {len(rows)} rows in {watch.seconds:.0f} s")
         if not short:
+            for document in kept():  # read anew: another process may have done another section meanwhile
+                found.take(document, others)
             write(store(), found.to_json())
     found.goals = goals(found.rows)
     found.complete = not short and set(found.sections) == set(SECTIONS)

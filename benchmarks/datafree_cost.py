@@ -53,7 +53,7 @@ def measure(name: str) -> Row:
     def tell(done: int, total: int, text: str) -> None:
         nonlocal told
         told += 1
-        if total and done % max(total // 10, 1) == 0:
+        if total and 5 * done // total != 5 * (done - 1) // total:
             progress(f"{network}, {source}: {text} {done} of {total}")
 
     def run(model: ir.Model) -> float:

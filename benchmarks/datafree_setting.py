@@ -21,13 +21,15 @@ from graphopt.ir.cost import cost
 from graphopt.ir.dimensions import symbolic_dimensions
 from graphopt.passes.contract import Context
 from graphopt.passes.fold_batchnorm import FoldBatchnorm
-from graphopt.passes.fold_reconstruction import LEAST_SQUARES, FoldReconstruction
+from graphopt.passes.fold_reconstruction import FoldReconstruction
 from graphopt.passes.prune_channels import PruneChannels
 from graphopt.passes.prune_plan import PrunePlan
 from graphopt.recipe import preset
 
-IMAGES, QUICK_IMAGES = 512, 32
+IMAGES, QUICK_IMAGES = 512, 16
 """Unlabelled training images; in a quick run all inputs are so few."""
+QUICK_EFFORT: Mapping[str, int] = {"samples": QUICK_IMAGES, "hinges": 1, "refits": 0}
+"""Options of every reconstruction in a quick run."""
 QUICK_TEST_IMAGES = 500
 BATCH = 64
 FREE, PINK, PICTURES = "free", "pink", "images"
@@ -85,14 +87,14 @@ class Net:
     Attributes:
         name: "ResNet-20".
         model: canonical, nobody changes it.
-        samples: how many inputs a reconstruction takes at most, None for the pass's own choice.
+        effort: options of reconstructions that are not the default.
         images: unlabelled training images, float32 [N, 3, 32, 32].
         test: images and labels that accuracy is measured on.
     """
 
     name: str
     model: ir.Model = field(repr=False)
-    samples: int | None
+    effort: Mapping[str, int]
     images: np.ndarray = field(repr=False)
     test: tuple[np.ndarray, np.ndarray] = field(repr=False)
     _contexts: dict[str, Context] = field(default_factory=dict, init=False, repr=False)
@@ -107,7 +109,9 @@ class Net:
         if supply not in self._contexts:
             calibration: Sequence[Mapping[str, np.ndarray]] | None = None
             if supply == PINK:
-                made = find_inputs(self.model, Probes(texture="pink"), samples=self.samples or IMAGES, threads=0)
+                made = find_inputs(
+                    self.model, Probes(texture="pink"), samples=self.effort.get("samples", IMAGES), threads=0
+                )
                 calibration = list(made.batches)
             elif supply == PICTURES:
                 calibration = [
@@ -127,10 +131,7 @@ class Net:
         model = damaged.clone()
         with stopwatch() as watch:
             if variant.rebuild is not None:
-                rebuild = variant.rebuild
-                if rebuild.form == LEAST_SQUARES:
-                    rebuild = replace(rebuild, samples=self.samples)
-                rebuild.rewrite(model, self.context(variant.supply))
+                replace(variant.rebuild, **self.effort).rewrite(model, self.context(variant.supply))
         return model, {**self.measured(model), "seconds": watch.seconds}
 
     def measured(self, model: ir.Model) -> Row:
@@ -194,7 +195,7 @@ class Setting:
         return tuple(self._net(net.name, without_statistics(net.model)) for net in self.nets)
 
     def _net(self, name: str, model: ir.Model) -> Net:
-        return Net(name, model, QUICK_IMAGES if self.quick else None, self.images, self.test)
+        return Net(name, model, QUICK_EFFORT if self.quick else {}, self.images, self.test)
 
     def ratios(self, *full: float) -> Iterator[float]:
         """Those given; the second and the last in a quick run."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import graphopt
-from benchmarks.datafree_setting import QUICK_IMAGES, Setting, sizes
+from benchmarks.datafree_setting import IMAGES, QUICK_EFFORT, QUICK_IMAGES, Setting, sizes
 from benchmarks.results import Row, progress, stopwatch
 from benchmarks.training import accuracy
 from graphopt.passes.contract import Context
@@ -26,7 +26,7 @@ TRAINING, BATCH, EPOCHS, QUICK_EPOCHS = 900, 60, 30, 3
 """Images to train on (the other 897 are the test), of a batch, and passes over them."""
 RATIO = 0.3
 COMPENSATIONS = (("prune only", None), ("least squares, probes", "probes"), ("least squares, synthetic", "synthetic"))
-WITH_IMAGES = "least squares, 512 images"
+WITH_IMAGES = f"least squares, {IMAGES} images"
 
 
 class Block(nn.Module):
@@ -108,7 +108,7 @@ def transformer(setting: Setting) -> Iterator[Row]:
     shared: Row = {"section": "transformer", "model": NAME, "test_images": len(data.test[1])}
     yield {**shared, "variant": "float", "top1": whole, "lost": 0.0, "seconds": watch.seconds, **sizes(model)}
     name = model.graph.inputs[0].name or ""
-    images = data.training[0][: QUICK_IMAGES if setting.quick else 512]
+    images = data.training[0][: QUICK_IMAGES if setting.quick else IMAGES]
     pictures = Context(calibration=[{name: images}], reference=model)
     free = Context(reference=model)
     plan = PruneChannels(ratio=RATIO, round_to=1).plan(model)
@@ -118,7 +118,7 @@ def transformer(setting: Setting) -> Iterator[Row]:
         with stopwatch() as watch:
             PruneChannels().apply(smaller, plan)
             if source is not None:
-                rebuild = FoldReconstruction(source=source, samples=QUICK_IMAGES if setting.quick else None)
+                rebuild = FoldReconstruction(source=source, **(QUICK_EFFORT if setting.quick else {}))
                 rebuild.rewrite(smaller, pictures if source == "calibration" else free)
         top1 = accuracy(smaller, data.test)
         row: Row = {"variant": variant, "ratio": RATIO, "top1": top1, "lost": whole - top1, "seconds": watch.seconds}

@@ -26,12 +26,11 @@ MODEL_COPIES, MOMENTS_COPIES, FIXED_MEGABYTES = 4.0, 6.0, 1000.0
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """One goal a claim for which there are rows."""
+    forms = chosen(rows, section="forms")
     return [
-        *_limited("data-free", chosen(rows, section="forms", variant=BEST_FREE.name), FREE_LIMITS),
-        *_limited(
-            f"{IMAGES} unlabelled images", chosen(rows, section="forms", variant=WITH_IMAGES.name), IMAGES_LIMITS
-        ),
-        *_faster(chosen(rows, section="forms", variant="rounded")),
+        *_limited("data-free", chosen(forms, variant=BEST_FREE.name), FREE_LIMITS),
+        *_limited(f"{IMAGES} unlabelled images", chosen(forms, variant=WITH_IMAGES.name), IMAGES_LIMITS),
+        *_faster(chosen(forms, variant="rounded")),
         *_folded(chosen(rows, section="folded", variant=BEST_FREE.name)),
         *_bits(chosen(rows, section="bits", ratio=0.3, weight_bits=6, bits=6)),
         *_allocation(chosen(rows, section="allocation")),
@@ -145,7 +144,8 @@ def _cost(rows: Sequence[Row]) -> Iterator[Goal]:
         allowed = allowed / 1e6 + FIXED_MEGABYTES
         used = (row["peak_bytes"] - row["loaded_bytes"]) / 1e6
         claim = (
-            f"{row['model']}, {source}: memory beside the loaded model under {MODEL_COPIES:g} files, {MOMENTS_COPIES:g} "
-            f"of the largest second moments ({row['moments_bytes'] / 1e6:.0f} MB) and {FIXED_MEGABYTES:g} MB"
+            f"{row['model']}, {source}: memory beside the loaded model under {MODEL_COPIES:g} files, "
+            f"{MOMENTS_COPIES:g} of the largest second moments ({row['moments_bytes'] / 1e6:.0f} MB) "
+            f"and {FIXED_MEGABYTES:g} MB"
         )
         yield Goal(claim, f"{used:.0f} of {allowed:.0f} MB", used < allowed)

@@ -1,7 +1,7 @@
 """Every benchmark behind the README's figures, each in a process of its own, and one summary.
 
-    python -m benchmarks.run                    # about an hour and a half on an idle machine; writes benchmarks/results
-    python -m benchmarks.run --quick            # functional, under 2 minutes; figures are not worth quoting
+    python -m benchmarks.run                    # hours, most of them for datafree; writes benchmarks/results
+    python -m benchmarks.run --quick            # functional, some minutes; figures are not worth quoting
     python -m benchmarks.run --all              # and the studies behind single passes (forms, split_parallel)
 
 Exit code: 1 where a goal was missed, 2 where a benchmark failed.
@@ -23,7 +23,7 @@ from benchmarks.results import FOLDER, PARTIAL_FOLDER, show_goals, stopwatch
 
 BENCHMARKS = (
     *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift"),
-    *(("accuracy", "training") if DATA.exists() else ()),
+    *(("accuracy", "training", "datafree") if DATA.exists() else ()),
 )
 STUDIES = ("forms", "split_parallel")
 _ROOT = Path(__file__).resolve().parents[1]

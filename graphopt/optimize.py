@@ -109,10 +109,12 @@ def optimize(
         args: example inputs. For torch as for `torch.export.export`; for ONNX one array, a tuple of arrays in the
             order of the model's inputs, or a dict by input name. ONNX models need none: probes are made up.
         kwargs: example keyword inputs of a module; for ONNX, arrays by input name.
-        recipe: "default", "exact" or "int8", the path of a TOML file, a `Recipe`, or a list of passes.
+        recipe: "default", "exact", "int8", "prune" or "prune-int8", the path of a TOML file, a `Recipe`, or a list of
+            passes.
         target: "cpu" or "cuda", where the result is to run.
         dynamic_shapes: for a module, as for `torch.export.export`.
-        calibration: iterable of inputs (arrays, tuples or dicts) for quantization; None works without data.
+        calibration: iterable of inputs (arrays, tuples or dicts) for quantization and reconstruction; None works
+            without data.
         inputs: what is known of the inputs, by name (`graphopt.InputSpec`: kind, mean, standard deviation, range);
             inputs that are made up follow it. What is left out is read off the graph.
         evaluate: called with an `onnxruntime.InferenceSession`, returns one number, higher is better.
@@ -127,6 +129,7 @@ def optimize(
         TraceError: the torch model cannot be exported, or its export computes something else.
         DataError: example inputs, calibration, `inputs` or `evaluate` do not fit.
         RecipeError: unknown recipe, pass or option, or an order that a contract forbids.
+        TargetMissedError, GraphoptError: a pruning target cannot be met, or nothing can be pruned.
 
     Example:
         >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]>'

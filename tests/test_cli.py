@@ -14,6 +14,7 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.ir.load import load
+from graphopt.passes.prune_plan import PrunePlan
 
 
 @pytest.fixture
@@ -135,6 +136,92 @@ def test_example_inputs_from_files(model_file: Path, tmp_path: Path, capsys: pyt
         assert json.loads(capsys.readouterr().out)["dynamic"] == {"n": 2}
 
 
+@pytest.fixture
+def wide_file(tmp_path: Path) -> Path:
+    """Two convolutions with 32 channels between them, the last 16 of which are weakest."""
+    rng = np.random.default_rng(1)
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[n,3,16,16] x, float[32,3,3,3] a, float[4,32,3,3] b) => (float[n,4,12,12] y) {
+      c = Conv (x, a)
+      r = Relu (c)
+      y = Conv (r, b)
+    }"""
+    model = ir.from_onnx_text(text)
+    for value in list(model.graph.inputs)[1:]:
+        array = rng.standard_normal(tuple(int(size) for size in value.shape)).astype(np.float32)
+        if value.name == "a":
+            array[16:] *= 0.01
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    path = tmp_path / "wide.onnx"
+    ir.save(model, path)
+    return path
+
+
+PROBES = ("--set", "prune-channels.source=probes")
+
+
+def test_prune_with_options_of_the_recipe(wide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.onnx"
+    setting = ("--set", "prune-channels.ratio=0.5")
+    stated = ("--input-spec", "x:kind=gaussian,mean=0.5,std=2")
+    assert run("optimize", wide_file, "-o", out, "--recipe", "prune", *setting, *PROBES, *stated, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "inputs from probes" in str(document)
+    weights = load(out).graph.initializers
+    assert [tuple(value.shape) for value in weights.values() if len(value.shape) == 4] == [(16, 3, 3, 3), (4, 16, 3, 3)]
+    kept = load(out).graph.initializers["a"].const_value.numpy()
+    assert np.abs(kept).max(axis=(1, 2, 3)).min() > 0.1, "the weak channels went"
+    assert run("verify", wide_file, out, "--tolerance", "0.1") == 0
+
+
+def test_prune_int8_rounds_what_was_pruned(wide_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32))
+    code = run(
+        "optimize", wide_file, "-o", out, "--recipe", "prune-int8", "--calibration", tmp_path / "x.npy", "--quiet"
+    )
+    assert code == 0
+    shapes = [value.shape for value in load(out).graph.initializers.values()]
+    assert sorted(tuple(shape) for shape in shapes if len(shape) == 4) == [(4, 24, 3, 3), (24, 3, 3, 3)]
+
+
+def test_a_pruning_beyond_the_tolerance_is_rolled_back_and_missed(
+    wide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    assert run("optimize", wide_file, "-o", out, "--recipe", "prune", *PROBES, "--tolerance", "1e-9") == 1
+    assert "prune-channels was rolled back" in capsys.readouterr().err
+    assert load(out).graph.initializers["a"].shape == (32, 3, 3, 3)
+
+
+def test_a_budget_below_what_must_remain_says_how_far_it_got(
+    wide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = ("--set", "prune-channels.params=0.001")
+    assert run("optimize", wide_file, "-o", tmp_path / "out.onnx", "--recipe", "prune", *setting, "--quiet") == 1
+    assert "0.001" in capsys.readouterr().err
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_plan_shows_what_would_go_and_writes_nothing(
+    wide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert run("plan", wide_file, "--set", "prune-channels.ratio=0.5") == 0
+    assert "channels  32     16" in capsys.readouterr().out
+    assert run("plan", wide_file, "--set", "prune-channels.macs=0.5", "--json") == 0
+    plan = PrunePlan.from_json(json.loads(capsys.readouterr().out))
+    assert plan.share == pytest.approx(0.5)
+    (removed,) = plan.selection.values()
+    assert removed == tuple(range(16, 32))
+    assert plan.pruned(load(wide_file)).graph.initializers["a"].shape == (16, 3, 3, 3)
+    assert run("plan", wide_file, "--recipe", "int8", "--input-spec", "x:low=-1,high=1") == 0
+    assert "Conv" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
+
+
 BAD = [
     ("optimize", "{missing}", "-o", "{out}"),
     ("optimize", "{text}", "-o", "{out}"),
@@ -148,6 +235,23 @@ BAD = [
     ("optimize", "{model}", "-o", "{out}", "--tolerance", "-1"),
     ("optimize", "{model}"),
     ("optimize", "{model}", "-o", "{out}", "--nonsense"),
+    ("optimize", "{model}", "-o", "{out}", "--recipe", "prune"),
+    ("optimize", "{model}", "-o", "{out}", "--set", "quantize"),
+    ("optimize", "{model}", "-o", "{out}", "--set", "prune-channels.ratio=0.5"),
+    ("optimize", "{model}", "-o", "{out}", "--set", "quantize.bits=many"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:mean=high"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:colour=3"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:mean=1,mean=2"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:kind=picture"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "z:mean=1"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:mean=1", "--input-spec", "x:std=1"),
+    ("plan", "{missing}"),
+    ("plan", "{model}"),
+    ("plan", "{model}", "--recipe", "exact"),
+    ("plan", "{model}", "--set", "prune-channels.ratio=1.5"),
+    ("plan", "{model}", "--set", 'prune-channels.keep=["nonsense"]'),
+    ("plan", "{model}", "--input", "{wrong}"),
     ("inspect", "{missing}"),
     ("inspect", "{folder}"),
     ("groups", "{missing}"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from graphopt.criteria import criterion
+from graphopt.criteria import CRITERIA, criterion
 from graphopt.errors import RecipeError
-from graphopt.passes import ALL_PASSES, FoldBatchnorm, Quantize
+from graphopt.inputs.probes import KINDS
+from graphopt.inputs.source import SOURCES
+from graphopt.passes import ALL_PASSES, FoldBatchnorm, PruneChannels, Quantize
+from graphopt.passes.fold_reconstruction import RECONSTRUCTIONS
 from graphopt.recipe import PRESETS, build_pass, preset, read_recipe, read_value, resolve
+from graphopt.search import ALLOCATIONS
+
+DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -91,6 +98,22 @@ def test_a_pruning_in_toml(tmp_path: Path) -> None:
     assert dict(first.options())["macs"] == 0.5
     assert str(dict(first.options())["criterion"]) == str(criterion("l1", combine="max"))
     assert str(second) == "fold-reconstruction(source='probes')"
+
+
+def test_recipes_in_the_documents_are_recipes(tmp_path: Path) -> None:
+    text = (DOCUMENTS / "passes.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        (tmp_path / "block.toml").write_text(block)
+        assert len(read_recipe(tmp_path / "block.toml").passes) == 2
+
+
+def test_the_guide_to_pruning_names_every_choice() -> None:
+    text = (DOCUMENTS / "pruning.md").read_text()
+    options = [name for name, _ in PruneChannels().options()]
+    for name in (*CRITERIA, *ALLOCATIONS, *RECONSTRUCTIONS, *SOURCES[1:], *KINDS, *options, "prune", "prune-int8"):
+        assert re.search(rf"\b{re.escape(name)}\b", text), name
 
 
 def test_runs_after_names_passes_that_exist() -> None:

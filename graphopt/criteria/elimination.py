@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-_EXACT = 1024
+_EXACT = 512
 """Columns up to which every unit that is left is compared at every step."""
 _ROUNDS, _POOL = 32, 3
 """Beyond, units go in so many packets, each chosen one by one among so many times as many of the cheapest."""
@@ -78,7 +78,7 @@ class Losses:
 def eliminate(losses: Losses) -> tuple[np.ndarray, np.ndarray]:
     """Take units out one after another, each time the one that costs least in addition.
 
-    Up to 1024 columns all units are compared at every step. Beyond, units go in packets of about 3 % of the group,
+    Up to 512 columns all units are compared at every step. Beyond, units go in packets of about 3 % of the group,
     chosen one by one among the three times as many that are cheapest when the packet begins; what they cost together
     is exact all the same.
 

@@ -41,7 +41,7 @@ class Residual(Criterion):
     operators and subgraphs are not counted; units that nothing else reads are ranked by the variance of their
     activation (`ActivationVariance`), as cumulative share of the group. Outputs that go with the units are counted.
 
-    Up to 1024 columns (channels x kernel positions) of an operator every step is exact; beyond, units go in packets of
+    Up to 512 columns (channels x kernel positions) of an operator every step is exact; beyond, units go in packets of
     3 %. Operators with more than `columns` columns are solved for channels alone, their kernel positions being taken
     as unrelated; with more than `columns` channels, without covariances: each unit costs its own energy. Of each
     value 16 rows a column and 8,192 more are looked at. Where inputs give fewer, correlations are shrunk.
@@ -66,7 +66,7 @@ class Residual(Criterion):
         >>> x = np.random.default_rng(0).standard_normal((500, 2)).astype(np.float32)
         >>> scores = Residual().scores(Knowledge(model, groups, [{"x": x}]), [groups.named("mlp hidden of a")])
         >>> scores["mlp hidden of a"].round(3)  # the first and the last channel are the same
-        array([0.001, 0.004, 1.   ])
+        array([0.   , 0.004, 1.   ])
     """
 
     name: ClassVar[str] = "residual"

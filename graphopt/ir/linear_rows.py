@@ -27,6 +27,7 @@ class LinearRows:
         spread: how far apart a ConvTranspose puts the elements of its input; None for other operators.
 
     Example:
+        >>> import onnx_ir as ir
         >>> from graphopt.ir.linear import linear_at
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[n,1,4] x) => (float[n,1,3] y)
         ...     <float[1,1,2] w = {1, 2}> { y = Conv (x, w) }''')

@@ -20,17 +20,21 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.inputs.moments import SecondMoments
-from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows, split_rows
+from graphopt.ir.linear import Linear
+from graphopt.ir.linear_kernel import LinearKernel
+from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
 from graphopt.ir.pieces import open_piece
 from graphopt.ir.session import Session
 from graphopt.passes.reconstruct_sites import Path
-from graphopt.passes.reconstruct_sweep import ROWS, ROWS_A_COLUMN, Site, Sweep
+from graphopt.passes.reconstruct_sweep import ROWS, Site, Sweep
 
 _CONJUGATE_STEPS = 3
 _LENGTHS = (0.5, 1.0, 2.0)
 """Lengths of a step that are tried."""
 _DIFFERENCE = 1e-2
 """Step of the numeric derivative of the activation, relative to the root mean square of its input."""
+_ROWS_A_COLUMN = 64
+"""Rows on which an operator is solved on the way, for each input of an output."""
 _ROWS = 1 << 18
 """How many rows of the second operator are looked at; whole batches, so that neighbourhoods stay whole."""
 _GAIN = 1e-3
@@ -43,9 +47,10 @@ class _Pair:
 
     Attributes:
         site: the second operator.
-        first: the first one as a product of matrices.
-        activation: the path between, as a session of one input and one output.
-        weight, bias: of the first operator: float64 [G, M / G, K] and [M].
+        path: the way from the first.
+        activation: that way as a session of one input and one output, None where there is nothing on it.
+        first, second: the operators as functions of their weight.
+        weight, bias: of the first operator: float64 [M, C / G, *kernel] and [M].
         next_weight, next_bias: of the second.
         batches: which batches are looked at.
         first_rows, next_rows: for each of them the rows on which the operators are solved.
@@ -53,9 +58,10 @@ class _Pair:
     """
 
     site: Site
-    first: LinearRows
     path: Path
     activation: Session | None
+    first: LinearKernel
+    second: LinearKernel
     weight: np.ndarray
     bias: np.ndarray
     next_weight: np.ndarray
@@ -67,7 +73,11 @@ class _Pair:
 
     def data(self, batch: int) -> np.ndarray:
         """What the first operator reads."""
-        return np.asarray(self.site.damaged.array(self.first.linear.data, batch), np.float32)
+        return np.asarray(self.site.damaged.array(self.path.producer.data, batch), np.float32)
+
+    def values(self, batch: int) -> np.ndarray:
+        """What the first operator makes, in its layout."""
+        return self.first.forward(self.data(batch), self.weight) + _along(self.path.producer, self.bias)
 
     def act(self, values: np.ndarray) -> np.ndarray:
         """f, of an array in the layout of the first operator's result."""
@@ -80,46 +90,41 @@ class _Pair:
         step = np.float32(_DIFFERENCE * max(float(np.sqrt(np.mean(np.square(values)))), 1e-6))
         return (self.act(values + step) - self.act(values - step)) / (2 * step)
 
-    def made(self, activations: np.ndarray) -> np.ndarray:
-        """What the second operator makes of the activations: [R, M]."""
-        return apply_rows(self.site.rows.patches(activations), self.next_weight, self.next_bias)
-
-    def missing(self, batch: int, made: np.ndarray) -> np.ndarray:
-        """What is missing behind the second operator, in units of its tail: [R, M]."""
-        return (self.site.targets(batch, made) - made) * self._scale
-
-    @property
-    def _scale(self) -> np.ndarray:
-        return self.site.tail.scale.astype(np.float32)
+    def missing(self, batch: int, activations: np.ndarray) -> np.ndarray:
+        """What is missing behind the second operator, in units of its tail, in the layout of its result."""
+        made = self.second.forward(activations, self.next_weight) + _along(self.site.linear, self.next_bias)
+        rows = self.site.rows.rows(made)
+        lacking = (self.site.targets(batch, rows) - rows) * self.site.tail.scale.astype(np.float32)
+        return self.site.rows.result(lacking, made)
 
     def forward(self, change: np.ndarray) -> np.ndarray:
-        """s W2 · change, for a change of the activations: [R, M]."""
-        return apply_rows(self.site.rows.patches(change), self.next_weight) * self._scale
+        """s W2 · change, for a change of the activations, in the layout of the second operator's result."""
+        return self.second.forward(change, self.next_weight) * _along(self.site.linear, self.site.tail.scale)
 
-    def backward(self, rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+    def backward(self, lacking: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The adjoint of `forward`."""
-        groups = split_rows(rows * self._scale, self.site.rows.groups)
-        return self.site.rows.adjoint(groups @ self.next_weight.astype(np.float32), like)
+        scaled = lacking * _along(self.site.linear, self.site.tail.scale)
+        return self.second.backward(scaled, self.next_weight, shape)
 
 
 def refit(site: Site, path: Path, sweep: Sweep) -> None:
     """Solve the first operator of `path` and that of `site` again, a few times; what does not help is not kept."""
-    first = linear_rows(path.producer)
+    first = LinearKernel(linear_rows(path.producer))
     rows = site.rows.count(site.data(0))
     batches = range(max(1, min(site.damaged.batches, _ROWS // max(rows, 1))))
-    session = open_piece(sweep.model, path.nodes, [path.start], [path.end], threads=0) if path.nodes else None
     site.chosen = [None] * site.damaged.batches
     pair = _Pair(
         site,
-        first,
         path,
-        session,
-        first.weight(),
+        open_piece(sweep.model, path.nodes, [path.start], [path.end], threads=0) if path.nodes else None,
+        first,
+        LinearKernel(site.rows),
+        path.producer.weight(),
         path.producer.bias(),
-        site.rows.weight(),
+        site.linear.weight(),
         site.linear.bias(),
         batches,
-        *_chosen_rows(site, first, batches),
+        *_chosen_rows(site, first.rows, batches),
     )
     moved = False
     for _ in range(sweep.effort.refits):
@@ -128,9 +133,16 @@ def refit(site: Site, path: Path, sweep: Sweep) -> None:
         if gain < _GAIN:
             break
     if moved:
-        sweep.store(path.producer, first.as_weight(pair.weight), pair.bias)
-        sweep.store(site.linear, site.rows.as_weight(pair.next_weight), pair.next_bias)
+        sweep.store(path.producer, pair.weight, pair.bias)
+        sweep.store(site.linear, pair.next_weight, pair.next_bias)
         sweep.damaged.redo(_nodes(path))
+
+
+def _along(linear: Linear, vector: np.ndarray) -> np.ndarray:
+    """A number a channel [M], so that it broadcasts against the operator's result: float32."""
+    axes = len(linear.kernel) + 2 if linear.kernel else (linear.rank or 2)
+    behind = axes - 1 - linear.out_axis if linear.out_axis >= 0 else -linear.out_axis - 1
+    return vector.astype(np.float32).reshape(-1, *[1] * behind)
 
 
 def _chosen_rows(site: Site, first: LinearRows, batches: range) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -140,7 +152,7 @@ def _chosen_rows(site: Site, first: LinearRows, batches: range) -> tuple[list[np
     result: list[list[np.ndarray]] = []
     for rows, value in operators:
         counts = [rows.count(site.damaged.array(value, batch)) for batch in batches]
-        share = min(1.0, (ROWS_A_COLUMN * rows.columns + ROWS) / max(sum(counts), 1))
+        share = min(1.0, (_ROWS_A_COLUMN * rows.columns + ROWS) / max(sum(counts), 1))
         result.append([generator.permutation(count)[: max(1, int(count * share))] for count in counts])
     return result[0], result[1]
 
@@ -154,26 +166,24 @@ def _nodes(path: Path) -> Iterator[ir.Node]:
 
 def _step(pair: _Pair, sweep: Sweep) -> float:
     """One step of Gauss-Newton; by which share it lowered the error, 0 where it did not."""
-    first = pair.first
-    moments = SecondMoments.empty(first.groups, first.columns, first.linear.out_channels // first.groups)
+    rows = pair.first.rows
+    moments = SecondMoments.empty(rows.groups, rows.columns, rows.linear.out_channels // rows.groups)
     before = 0.0
-    for batch, rows in zip(pair.batches, pair.first_rows, strict=True):
-        patches = first.patches(pair.data(batch))
-        values = _result(pair, patches, pair.weight, pair.bias, batch)
-        wanted, error = _wanted_change(pair, values, batch)
+    for batch, chosen in zip(pair.batches, pair.first_rows, strict=True):
+        wanted, error = _wanted_change(pair, pair.values(batch), batch)
         before += error
-        moments.add(patches[:, rows], first.rows(wanted)[rows], inner=pair.seen is None)
+        moments.add(rows.patches(pair.data(batch), chosen), rows.rows(wanted)[chosen], inner=pair.seen is None)
     moments = moments if pair.seen is None else pair.seen.with_targets_of(moments)
     pair.seen = moments
-    change, offset = moments.solve(np.zeros_like(pair.weight), sweep.effort.ridge)
+    change, offset = moments.solve(np.zeros((rows.groups, *moments.cross.shape[1:])), sweep.effort.ridge)
+    change = rows.as_weight(change)
     errors = np.zeros(len(_LENGTHS))
     for batch in pair.batches:
-        patches = pair.first.patches(pair.data(batch))
-        values = _result(pair, patches, pair.weight, pair.bias, batch)
-        direction = _result(pair, patches, change, offset, batch)
+        values = pair.values(batch)
+        direction = pair.first.forward(pair.data(batch), change) + _along(rows.linear, offset)
         for index, length in enumerate(_LENGTHS):
-            made = pair.made(pair.act(values + np.float32(length) * direction))
-            errors[index] += float(np.square(pair.missing(batch, made)).sum())
+            lacking = pair.missing(batch, pair.act(values + np.float32(length) * direction))
+            errors[index] += float(np.square(lacking).sum())
     best = int(np.argmin(errors))
     if not errors[best] < before:
         return 0.0
@@ -185,19 +195,20 @@ def _step(pair: _Pair, sweep: Sweep) -> float:
 
 def _wanted_change(pair: _Pair, values: np.ndarray, batch: int) -> tuple[np.ndarray, float]:
     """How the first operator's result should change, in its layout, and the square error as it is."""
-    made = pair.made(pair.act(values))
-    missing = pair.missing(batch, made)
+    missing = pair.missing(batch, pair.act(values))
     slope = pair.slope(values)
     change = np.zeros_like(values)
-    residual = pair.backward(missing, values) * slope
+    residual = pair.backward(missing, values.shape) * slope
     direction, power = residual.copy(), float(np.square(residual).sum())
-    for _ in range(_CONJUGATE_STEPS):
+    for step in range(_CONJUGATE_STEPS):
         if not power > 0:
             break
         image = pair.forward(direction * slope)
         length = power / max(float(np.square(image).sum()), 1e-30)
         change += np.float32(length) * direction
-        residual -= np.float32(length) * pair.backward(image, values) * slope
+        if step == _CONJUGATE_STEPS - 1:
+            break
+        residual -= np.float32(length) * pair.backward(image, values.shape) * slope
         new_power = float(np.square(residual).sum())
         direction = residual + np.float32(new_power / power) * direction
         power = new_power
@@ -208,16 +219,9 @@ def _solve_second(pair: _Pair, sweep: Sweep) -> None:
     """The second operator anew, on what the first one makes now."""
     rows = pair.site.rows
     moments = SecondMoments.empty(rows.groups, rows.columns, pair.site.linear.out_channels // rows.groups)
+    prior = rows.by_group(pair.next_weight)
     for batch, chosen in zip(pair.batches, pair.next_rows, strict=True):
-        patches = pair.first.patches(pair.data(batch))
-        activations = pair.act(_result(pair, patches, pair.weight, pair.bias, batch))
-        now = rows.patches(activations, chosen)
-        made = apply_rows(now, pair.next_weight, pair.next_bias)
-        moments.add(now, pair.site.targets(batch, made, chosen))
-    pair.next_weight, pair.next_bias = moments.solve(pair.next_weight, sweep.effort.ridge)
-
-
-def _result(pair: _Pair, patches: np.ndarray, weight: np.ndarray, bias: np.ndarray, batch: int) -> np.ndarray:
-    """The first operator's result in its own layout."""
-    like = pair.site.damaged.array(pair.site.linear.data, batch)
-    return pair.first.result(apply_rows(patches, weight, bias), like)
+        now = rows.patches(pair.act(pair.values(batch)), chosen)
+        moments.add(now, pair.site.targets(batch, apply_rows(now, prior, pair.next_bias), chosen))
+    solved, pair.next_bias = moments.solve(prior, sweep.effort.ridge)
+    pair.next_weight = rows.as_weight(solved)

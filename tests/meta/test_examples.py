@@ -16,6 +16,18 @@ PROMISES = {
     "04_channels.py": ["heads of key", "must stay: graph output 'output'", "batch 7: cut against masked"],
     "05_recover.py": ["recovered "],
     "06_accelerate.py": ["recovered in int8"],
+    "07_prune_a_cnn.py": [
+        "3.first  channels  32     16",
+        "cut against masked: ",
+        "prune only  accuracy",
+        "64 images   accuracy",
+        "-> f32[16,16,3,3]",
+    ],
+    "08_prune_a_transformer.py": [
+        "heads of layers.0       heads       8      4",
+        "500 images       accuracy",
+        "f32[32] -> f32[16]",
+    ],
 }
 
 
