@@ -11,7 +11,8 @@ Memory does not grow with the number of samples: K^2 numbers a group for K input
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.linalg
@@ -22,9 +23,15 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """What `choose_ridge` tries."""
 _ENOUGH_ROWS = 20
 """Rows an input from which on the smallest ridge is right: there is nothing to overfit."""
+_MANY_COLUMNS = 512
+"""Inputs of an output from which on a solve takes seconds, and `choose_ridge` tries less."""
 _TINY = 1e-12
 _SMALLEST_RIDGE = 1e-9
 """A ridge near rounding does not make a singular covariance regular: directions without variance are left out then."""
+
+
+Factor = Callable[[np.ndarray], np.ndarray]
+"""Divides [M, K] by a covariance."""
 
 
 @dataclass
@@ -54,6 +61,7 @@ class SecondMoments:
     inner: np.ndarray
     cross: np.ndarray
     energy: np.ndarray
+    _factors: dict[float, list[Factor]] = field(default_factory=dict["float", "list[Factor]"], repr=False)
 
     @classmethod
     def empty(cls, groups: int, columns: int, rows: int) -> SecondMoments:
@@ -74,18 +82,19 @@ class SecondMoments:
         self.cross += groups.transpose(0, 2, 1) @ patches
         self.energy += np.square(groups).sum(axis=1, dtype=np.float64)
         if inner:
+            self._factors = {}
             self.count += patches.shape[1]
             self.inputs += patches.sum(axis=1, dtype=np.float64)
             self.inner += patches.transpose(0, 2, 1) @ patches
 
     def with_targets_of(self, other: SecondMoments) -> SecondMoments:
         """The same inputs with other targets."""
-        return SecondMoments(self.count, self.inputs, other.targets, self.inner, other.cross, other.energy)
+        return replace(self, targets=other.targets, cross=other.cross, energy=other.energy)
 
     def plus(self, other: SecondMoments) -> SecondMoments:
         """The sums over both sets of rows."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return SecondMoments(*(mine + its for mine, its in pairs))
+        names = ("count", "inputs", "targets", "inner", "cross", "energy")
+        return SecondMoments(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def input_covariance(self) -> np.ndarray:
         """Cov(p), float64 [G, K, K]."""
@@ -103,12 +112,23 @@ class SecondMoments:
         An infinite ridge leaves the prior and corrects the mean. Directions in which the inputs do not vary keep
         the prior.
         """
-        covariance = self.input_covariance()
         weight = prior.astype(np.float64)
         if np.isfinite(ridge):
-            wanted = self.cross_covariance() - weight @ covariance
-            weight = weight + np.stack([_divide(one, cov, ridge) for one, cov in zip(wanted, covariance, strict=True)])
+            wanted = self.cross_covariance() - self._product(weight)
+            factors = self._factored(ridge)
+            weight = weight + np.stack([factor(one) for one, factor in zip(wanted, factors, strict=True)])
         return weight, self.bias(weight)
+
+    def _product(self, weight: np.ndarray) -> np.ndarray:
+        """weight · Cov(p)."""
+        mean = self.inputs / self.count
+        return weight @ self.inner / self.count - (weight @ mean[:, :, None]) * mean[:, None, :]
+
+    def _factored(self, ridge: float) -> list[Factor]:
+        """Division by the regular covariance of each group; kept, since the same inputs are solved for many targets."""
+        if ridge not in self._factors:
+            self._factors[ridge] = [_factor(one, ridge) for one in self.input_covariance()]
+        return self._factors[ridge]
 
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """The bias [M] with which the mean of W p + b is that of the targets."""
@@ -139,27 +159,28 @@ def choose_ridge(halves: tuple[SecondMoments, SecondMoments], prior: np.ndarray,
         return least
     if min(half.count for half in halves) < 2:
         return np.inf
-    candidates = sorted({least, *(ridge for ridge in RIDGES if ridge > least), np.inf})
-    errors = [
-        sum(other.error(*half.solve(prior, ridge)) for half, other in (halves, halves[::-1])) for ridge in candidates
-    ]
+    fine = columns <= _MANY_COLUMNS
+    candidates = sorted({least, *(ridge for ridge in (RIDGES if fine else RIDGES[2::2]) if ridge > least), np.inf})
+    folds = (halves, halves[::-1]) if fine else (halves,)
+    errors = [sum(other.error(*half.solve(prior, ridge)) for half, other in folds) for ridge in candidates]
     return candidates[int(np.argmin(errors))]
 
 
-def _divide(wanted: np.ndarray, covariance: np.ndarray, ridge: float) -> np.ndarray:
-    """`wanted` · (covariance + ridge · mean diagonal · I)^-1."""
+def _factor(covariance: np.ndarray, ridge: float) -> Factor:
+    """The function W -> W · (covariance + ridge · mean diagonal · I)^-1."""
     scale = float(np.mean(np.diagonal(covariance)))
     if not scale > 0:
-        return np.zeros_like(wanted)
+        return np.zeros_like
     if ridge > _SMALLEST_RIDGE:
         regular = covariance.copy()
         np.fill_diagonal(regular, np.diagonal(regular) + ridge * scale)
         try:
             factor = scipy.linalg.cho_factor(regular, overwrite_a=True)
-            return scipy.linalg.cho_solve(factor, wanted.T).T
         except np.linalg.LinAlgError:
             pass  # sums of float32 products may be indefinite by rounding
+        else:
+            return lambda wanted: scipy.linalg.cho_solve(factor, wanted.T).T
     values, vectors = np.linalg.eigh(covariance)
     kept = values > _TINY * values.max() * len(values)
-    inside = vectors[:, kept]
-    return (wanted @ inside / (values[kept] + ridge * scale)) @ inside.T
+    inside, divisors = vectors[:, kept], values[kept] + ridge * scale
+    return lambda wanted: (wanted @ inside / divisors) @ inside.T

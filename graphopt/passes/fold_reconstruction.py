@@ -31,7 +31,7 @@ RECONSTRUCTIONS = (LEAST_SQUARES, "mean", *CLOSED_FORMS)
 _MOST_SAMPLES, _LEAST_SAMPLES = 512, 32
 _SAMPLE_MACS = 6.4e10
 """How much running all samples once may cost; within the bounds above it decides how many there are."""
-_REFIT_MACS = 1.5e11
+_REFIT_MACS = 1e11
 """How much running all samples once may cost for the second solves to be worth their time, ten times as long."""
 
 
@@ -117,7 +117,7 @@ class FoldReconstruction(Pass):
     source: str = "auto"
     samples: int | None = None
     ridge: float = 1e-3
-    hinges: int = 3
+    hinges: int = 2
     refits: int | None = None
     mean_correction: bool = True
 

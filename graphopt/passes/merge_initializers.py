@@ -42,6 +42,8 @@ class MergeInitializers(Pass):
     runs_after: ClassVar[tuple[str, ...]] = (
         "eliminate-dead-code",
         "fold-constants",
+        "prune-channels",
+        "fold-reconstruction",
         "fold-batchnorm",
         "fold-affine",
         "fuse-pad",

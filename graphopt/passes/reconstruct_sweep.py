@@ -34,6 +34,7 @@ WHAT = "rebuild"
 """What remarks say was declined."""
 ROWS_A_COLUMN, ROWS = 128, 8192
 """How many rows are looked at for each input of an output, and beyond; neighbouring rows say nearly the same."""
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Effort:
     """
 
     ridge: float = 1e-3
-    hinges: int = 3
+    hinges: int = 2
     refits: int = 3
 
 
@@ -324,12 +325,17 @@ class Sweep:
         """Moments over all batches, or over every second one; with `now` = (weight, bias) only of the targets."""
         rows = site.rows
         moments = SecondMoments.empty(rows.groups, rows.columns, site.linear.out_channels // rows.groups)
-        for batch in range(self.damaged.batches):
-            if half is not None and batch % 2 != half:
-                continue
-            patches = site.patches(batch)
-            made = None if now is None else apply_rows(patches, *now)
-            moments.add(patches, site.targets(batch, made), inner=now is None)
+        patches: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        batches = [batch for batch in range(self.damaged.batches) if half is None or batch % 2 == half]
+        for batch in batches:
+            read = site.patches(batch)
+            patches.append(read)
+            targets.append(site.targets(batch, None if now is None else apply_rows(read, *now)))
+            # products of few rows cost as much as adding them up: batches of single samples are joined first
+            if batch == batches[-1] or sum(map(len, targets)) >= max(rows.columns, _ROWS_AT_ONCE):
+                moments.add(np.concatenate(patches, axis=1), np.concatenate(targets), inner=now is None)
+                patches, targets = [], []
         if isinstance(site.linear, QuantizedLinear) and not site.linear.has_bias:
             # without a bias the line goes through the origin: the same sums with all means 0
             moments = replace(moments, inputs=0 * moments.inputs, targets=0 * moments.targets)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.ir.linear import linear_at
+from graphopt.ir.linear_kernel import LinearKernel
 from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
 from graphopt.ir.rewrite import DeclinedError
 from graphopt.ir.session import open_session
@@ -80,3 +81,25 @@ def test_what_depends_on_the_input_is_declined() -> None:
         rows_of(node_of("Conv", (1, 2, 8), weight, {"auto_pad": "SAME_UPPER"}))
     with pytest.raises(DeclinedError, match="output_shape"):
         rows_of(node_of("ConvTranspose", (1, 2, 8), weight, {"output_shape": [12]}))
+
+
+@pytest.mark.parametrize(("op_type", "data", "weight", "attributes"), CASES)
+def test_the_kernel_takes_any_weight(
+    op_type: str, data: tuple[int, ...], weight: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    generator = np.random.default_rng(0)
+    first, second = (generator.standard_normal(weight).astype(np.float32) for _ in range(2))
+    x = generator.standard_normal(data).astype(np.float32)
+    kernel = LinearKernel(rows_of(node_of(op_type, data, first, attributes)))
+    other = node_of(op_type, data, second, attributes)
+    expected = open_session(other).run_feeds({"x": x})[0]
+    wanted = rows_of(other).linear.weight()
+    np.testing.assert_allclose(kernel.forward(x, wanted), expected, atol=1e-5)
+    if op_type == "ConvTranspose":
+        with pytest.raises(DeclinedError, match="adjoint"):
+            kernel.backward(expected, wanted, x.shape)
+        return
+    result = generator.standard_normal(expected.shape).astype(np.float32)
+    back = kernel.backward(result, wanted, x.shape)
+    assert back.shape == x.shape
+    assert float((back * x).sum()) == pytest.approx(float((result * expected).sum()), rel=1e-3, abs=1e-3)
