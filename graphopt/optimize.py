@@ -148,7 +148,8 @@ def optimize(
         feeds, sizes = _feeds(subject, data, inputs or {})
         canonical = subject.canonical or canonicalize(original.clone(), sizes=sizes)
         limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
-        guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes)
+        given = len(subject.feeds) or (1 if data is not None else None)
+        guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes, given)
         context = Context(
             target, threads, sizes, data, specs=inputs or {}, reference=canonical, progress=progress.detail
         )
@@ -243,7 +244,10 @@ def example_feeds(model: ir.Model, args: Any, kwargs: Mapping[str, Any] | None) 
 def _feeds(
     subject: _Subject, data: Calibration | None, specs: Mapping[str, InputSpec]
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, int]]:
-    """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in it."""
+    """Inputs on which outputs are compared (the first is timed), and the sizes of the symbolic dimensions in it.
+
+    The user's come first, then made-up ones of other sizes.
+    """
     model, feeds = subject.original, list(subject.feeds)
     check_specs(model, specs)
     if not feeds and data is not None:

@@ -26,6 +26,8 @@ _ENOUGH_ROWS = 20
 _MANY_COLUMNS = 512
 """Inputs of an output from which on a solve takes seconds, and `choose_ridge` tries less."""
 _TINY = 1e-12
+_ROUNDING = 1e-5
+"""Relative error of sums of float32 products."""
 _SMALLEST_RIDGE = 1e-9
 """A ridge near rounding does not make a singular covariance regular: directions without variance are left out then."""
 
@@ -87,6 +89,12 @@ class SecondMoments:
             self.inputs += patches.sum(axis=1, dtype=np.float64)
             self.inner += patches.transpose(0, 2, 1) @ patches
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are rows, and all of them finite and not too large for float32."""
+        sums = (self.inputs, self.targets, self.inner, self.cross, self.energy)
+        return self.count > 0 and all(np.isfinite(one).all() for one in sums)
+
     def with_targets_of(self, other: SecondMoments) -> SecondMoments:
         """The same inputs with other targets."""
         return replace(self, targets=other.targets, cross=other.cross, energy=other.energy)
@@ -95,6 +103,13 @@ class SecondMoments:
         """The sums over both sets of rows."""
         names = ("count", "inputs", "targets", "inner", "cross", "energy")
         return SecondMoments(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    @property
+    def varies(self) -> bool:
+        """Whether any input varies beyond the rounding of its sums."""
+        squares = np.einsum("gkk->gk", self.inner) / max(self.count, 1)
+        variance = squares - np.square(self.inputs / max(self.count, 1))
+        return bool((variance > _ROUNDING * squares).any())
 
     def input_covariance(self) -> np.ndarray:
         """Cov(p), float64 [G, K, K]."""

@@ -31,9 +31,10 @@ def rebatched(model: ir.Model, batches: Iterable[Feeds]) -> list[Feeds]:
         >>> [feeds["x"].shape for feeds in rebatched(model, [{"x": np.zeros((1, 2), np.float32)}] * 70)]
         [(64, 2), (6, 2)]
     """
-    given = [dict(feeds) for feeds in batches]
     names = batch_dimensions(model)
     inputs = model_inputs(model)
+    taken = {value.name for value in inputs}
+    given = [{name: array for name, array in feeds.items() if name in taken} for feeds in batches]
     free = bool(inputs) and all(
         value.shape is not None and len(value.shape) > 0 and dimension_name(value, 0) in names for value in inputs
     )

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.channels import ChannelGroups, Selection
+from graphopt.ir.rewrite import DeclinedError
 
 Masks = tuple["np.ndarray | None", ...]
 """For each axis of a value which of its coordinates are left, None where all are."""
@@ -51,6 +52,9 @@ class Origin:
             name: the value's.
             array: the value in `model`, with all channels.
 
+        Raises:
+            DeclinedError: channels went from an axis of run-time length, on which they are not told apart.
+
         Example:
             >>> model = ir.from_onnx_text(
             ...     '<ir_version: 10, opset_import: ["": 21]> g (float[2] x) => (float[2] y) { y = Relu(x) }')
@@ -58,6 +62,8 @@ class Origin:
             array([4.])
         """
         for axis, mask in enumerate(self.kept.get(name, ())):
+            if mask is not None and len(mask) != array.shape[axis]:
+                raise DeclinedError("its channels lie on an axis of run-time length")
             if mask is not None:
                 array = np.compress(mask, array, axis=axis)
         return array

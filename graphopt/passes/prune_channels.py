@@ -161,8 +161,8 @@ class PruneChannels(Pass):
             DataError: criterion or allocation need inputs that cannot be had.
         """
         context = context or Context()
-        sizes = {name: size for name, size in context.sizes.items() if name in symbolic_dimensions(model)}
-        groups = channel_groups(model, sizes=sizes or None)
+        sizes = _known_sizes(model, context)
+        groups = channel_groups(model, sizes=sizes)
         chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
         remark_skipped(skipped, context)
         feeds = _Feeds(model, context, self.source)
@@ -180,9 +180,9 @@ class PruneChannels(Pass):
             )
             for group in chosen
         )
-        costs = CostModel(model, groups, sizes or None)
+        costs = CostModel(model, groups, sizes)
         problem = Problem(model, groups, candidates, self.target, costs, lambda: feeds, max(context.threads, 0))
-        solution = solve(problem, allocation(self.allocation), sizes or None)
+        solution = solve(problem, allocation(self.allocation), sizes)
         plan = self._planned(model, problem, solution, skipped, feeds)
         _remark(plan, problem, solution, context)
         return plan
@@ -217,22 +217,28 @@ class PruneChannels(Pass):
         Args:
             model: the model that the plan was made for.
             plan: what `plan` returned, or `PrunePlan.from_json`.
-            context: inputs for the compensation, where the plan has one.
+            context: inputs for the compensation, where the plan has one, and `sizes` where the model needs them.
 
         Raises:
             GraphoptError: the plan was made for another model. Nothing has changed then.
         """
+        context = context or Context()
         plan.check(model)
         if not plan.selection:
             return
         origin = remember_origin(model)
         before = model.clone()
-        groups = channel_groups(before)
+        groups = channel_groups(before, sizes=_known_sizes(before, context))
         pruned = plan.pruned(before, groups)
         set_origin(pruned, origin.without(groups, plan.selection))
         model.graph = pruned.graph
         if plan.compensation != "none":
-            FoldReconstruction(form=plan.compensation, source=self.source).rewrite(model, context or Context())
+            FoldReconstruction(form=plan.compensation, source=self.source).rewrite(model, context)
+
+
+def _known_sizes(model: ir.Model, context: Context) -> dict[str, int] | None:
+    """The sizes of the model's own dimensions that are given."""
+    return {name: size for name, size in context.sizes.items() if name in symbolic_dimensions(model)} or None
 
 
 def _from_table(option: str, table: Mapping[str, Any]) -> Criterion | Allocation:

@@ -24,6 +24,7 @@ from graphopt.ir.linear import Linear
 from graphopt.ir.linear_kernel import LinearKernel
 from graphopt.ir.linear_rows import LinearRows, apply_rows, linear_rows
 from graphopt.ir.pieces import open_piece
+from graphopt.ir.rewrite import DeclinedError
 from graphopt.ir.session import Session
 from graphopt.passes.reconstruct_sites import Path
 from graphopt.passes.reconstruct_sweep import ROWS, Site, Sweep
@@ -80,10 +81,18 @@ class _Pair:
         return self.first.forward(self.data(batch), self.weight) + _along(self.path.producer, self.bias)
 
     def act(self, values: np.ndarray) -> np.ndarray:
-        """f, of an array in the layout of the first operator's result."""
+        """f, of an array in the layout of the first operator's result: float32 of the same shape.
+
+        Raises:
+            DeclinedError: what lies between the operators repeats elements: a constant with more positions is added.
+        """
         if self.activation is None:
             return values
-        return self.activation.run_feeds({self.path.start.name or "": values})[0]
+        given = values.astype(self.path.producer.dtype.numpy())
+        made = self.activation.run_feeds({self.path.start.name or "": given})[0]
+        if made.shape != values.shape:
+            raise DeclinedError(f"what it makes is spread from {values.shape} to {made.shape}", self.path.producer.node)
+        return np.asarray(made, np.float32)
 
     def slope(self, values: np.ndarray) -> np.ndarray:
         """f' by central differences."""
@@ -113,10 +122,14 @@ def refit(site: Site, path: Path, sweep: Sweep) -> None:
     rows = site.rows.count(site.data(0))
     batches = range(max(1, min(site.damaged.batches, _ROWS // max(rows, 1))))
     site.chosen = [None] * site.damaged.batches
+    between = None
+    if path.nodes:
+        types = {path.start: path.producer.dtype.numpy()}
+        between = open_piece(sweep.model, path.nodes, [path.start], [path.end], types=types, threads=0)
     pair = _Pair(
         site,
         path,
-        open_piece(sweep.model, path.nodes, [path.start], [path.end], threads=0) if path.nodes else None,
+        between,
         first,
         LinearKernel(site.rows),
         path.producer.weight(),
@@ -128,7 +141,7 @@ def refit(site: Site, path: Path, sweep: Sweep) -> None:
     )
     moved = False
     for _ in range(sweep.effort.refits):
-        gain = _step(pair, sweep)
+        gain = _step(pair)
         moved |= gain > 0
         if gain < _GAIN:
             break
@@ -164,7 +177,7 @@ def _nodes(path: Path) -> Iterator[ir.Node]:
     yield from path.nodes
 
 
-def _step(pair: _Pair, sweep: Sweep) -> float:
+def _step(pair: _Pair) -> float:
     """One step of Gauss-Newton; by which share it lowered the error, 0 where it did not."""
     rows = pair.first.rows
     moments = SecondMoments.empty(rows.groups, rows.columns, rows.linear.out_channels // rows.groups)
@@ -175,7 +188,7 @@ def _step(pair: _Pair, sweep: Sweep) -> float:
         moments.add(rows.patches(pair.data(batch), chosen), rows.rows(wanted)[chosen], inner=pair.seen is None)
     moments = moments if pair.seen is None else pair.seen.with_targets_of(moments)
     pair.seen = moments
-    change, offset = moments.solve(np.zeros((rows.groups, *moments.cross.shape[1:])), sweep.effort.ridge)
+    change, offset = moments.solve(np.zeros((rows.groups, *moments.cross.shape[1:])), pair.site.ridge)
     change = rows.as_weight(change)
     errors = np.zeros(len(_LENGTHS))
     for batch in pair.batches:
@@ -189,7 +202,7 @@ def _step(pair: _Pair, sweep: Sweep) -> float:
         return 0.0
     pair.weight = pair.weight + _LENGTHS[best] * change
     pair.bias = pair.bias + _LENGTHS[best] * offset
-    _solve_second(pair, sweep)
+    _solve_second(pair)
     return 1.0 - errors[best] / before
 
 
@@ -215,7 +228,7 @@ def _wanted_change(pair: _Pair, values: np.ndarray, batch: int) -> tuple[np.ndar
     return change, float(np.square(missing).sum())
 
 
-def _solve_second(pair: _Pair, sweep: Sweep) -> None:
+def _solve_second(pair: _Pair) -> None:
     """The second operator anew, on what the first one makes now."""
     rows = pair.site.rows
     moments = SecondMoments.empty(rows.groups, rows.columns, pair.site.linear.out_channels // rows.groups)
@@ -223,5 +236,5 @@ def _solve_second(pair: _Pair, sweep: Sweep) -> None:
     for batch, chosen in zip(pair.batches, pair.next_rows, strict=True):
         now = rows.patches(pair.act(pair.values(batch)), chosen)
         moments.add(now, pair.site.targets(batch, apply_rows(now, prior, pair.next_bias), chosen))
-    solved, pair.next_bias = moments.solve(prior, sweep.effort.ridge)
+    solved, pair.next_bias = moments.solve(prior, pair.site.ridge)
     pair.next_weight = rows.as_weight(solved)

@@ -122,16 +122,28 @@ def path_to(data: ir.Value) -> Path | None:
 
 def damaged_values(model: ir.Model, origin: Origin) -> set[ir.Value]:
     """The values of the main graph that may differ from their namesakes in the origin."""
-    before = origin.model.graph.initializers
+    before = {name: value for graph in origin.model.graphs() for name, value in graph.initializers.items()}
     damaged = {
         value
-        for name, value in model.graph.initializers.items()
+        for graph in model.graphs()
+        for name, value in graph.initializers.items()
         if name not in before or before[name].const_value is not value.const_value
     }
     for node in model.graph:
-        if any(value in damaged for value in node.inputs):
+        if any(value in damaged for value in (*node.inputs, *(value for value, _ in read_inside(node)))):
             damaged.update(node.outputs)
     return damaged
+
+
+def read_inside(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Node]]:
+    """What the subgraphs of a node read, captured values included, each with its reader; the node for their outputs."""
+    for attribute in node.attributes.values():
+        graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
+        graphs = list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else graphs
+        for graph in graphs:
+            for reader in graph.all_nodes():
+                yield from ((value, reader) for value in reader.inputs if value is not None)
+            yield from ((value, node) for value in graph.outputs)
 
 
 def target_rows(tail: Tail, wanted: np.ndarray, other: np.ndarray | None, now: np.ndarray | None = None) -> np.ndarray:
@@ -177,9 +189,19 @@ def _next(tail: Tail, linear: Linear) -> Tail | None:
     if not is_op(node, "Add") or tail.other is not None:
         return None
     other = next((value for value in node.inputs if value is not tail.value), None)
-    if other is None or other.shape is None or result.shape is None or len(other.shape) != len(result.shape):
+    if other is None or not _same_sizes(other, result):
+        return None
+    if tail.value.shape is not None and not _same_sizes(tail.value, result):
         return None
     return replace(tail, value=result, other=other)
+
+
+def _same_sizes(value: ir.Value, result: ir.Value) -> bool:
+    """Whether two values have the same shape as far as is known: neither is broadcast against the other."""
+    if value.shape is None or result.shape is None or len(value.shape) != len(result.shape):
+        return False
+    pairs = zip(value.shape, result.shape, strict=True)
+    return not any(a != b and (1 in (a, b) or (isinstance(a, int) and isinstance(b, int))) for a, b in pairs)
 
 
 def _affine(node: ir.Node, tail: Tail, linear: Linear) -> tuple[np.ndarray, np.ndarray] | None:

@@ -28,13 +28,15 @@ from graphopt.ir.rewrite import DeclinedError, Rewriter, is_op
 from graphopt.passes.contract import Context
 from graphopt.passes.fold_constants import FoldConstants
 from graphopt.passes.reconstruct_rounding import beyond_clamp, prior_weight, round_solution
-from graphopt.passes.reconstruct_sites import Path, Tail, damaged_values, path_to, tails, target_rows
+from graphopt.passes.reconstruct_sites import Path, Tail, damaged_values, path_to, read_inside, tails, target_rows
 
 WHAT = "rebuild"
 """What remarks say was declined."""
 ROWS_A_COLUMN, ROWS = 128, 8192
 """How many rows are looked at for each input of an output, and beyond; neighbouring rows say nearly the same."""
 _ROWS_AT_ONCE = 4096
+_FEWEST_ROWS = 8
+"""Rows below which an operator is left as it is: not even a mean can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Site:
         target: the namesake of the tail's value in the reference.
         origin: how values of the reference are cut.
         chosen: for each batch the rows that are looked at, None for all.
+        ridge: with which the operator was solved.
     """
 
     rows: LinearRows
@@ -88,6 +91,7 @@ class Site:
     target: ir.Value
     origin: Origin
     chosen: list[np.ndarray | None] = field(default_factory=list["np.ndarray | None"])
+    ridge: float = 0.0
 
     @property
     def linear(self) -> Linear:
@@ -128,9 +132,9 @@ class Site:
         """Look at `most` rows at most, the same share of each batch, drawn at random."""
         counts = [self.rows.count(self.data(batch)) for batch in range(self.damaged.batches)]
         share = most / max(sum(counts), 1)
-        generator = np.random.default_rng(0)
+        choice = np.random.default_rng(0).choice
         self.chosen = [
-            None if share >= 1 else np.sort(generator.choice(count, max(1, int(count * share)), replace=False))
+            None if share >= 1 else np.sort(choice(count, min(count, max(1, int(count * share))), replace=False))
             for count in counts
         ]
 
@@ -170,15 +174,16 @@ class Sweep:
             names = {value.name for value in damaged}
             FoldConstants().rewrite(self.model, Context())
             damaged = {value for value in _values(self.model) if value.name in names}
+        for node in self.model.graph:
+            if any(value in damaged and is_op(reader, *LINEAR_OPS) for value, reader in read_inside(node)):
+                self.context.missed(WHAT, "operators inside of its subgraphs stay as they are", node)
         nodes = [node for node in self.model.graph if self._is_site(node, damaged)]
-        paths = {node: self._path(node) for node in nodes}
-        self.damaged.hold(path.producer.data for path in paths.values() if path is not None)
         waiting = set(nodes)
         for number, node in enumerate(nodes):
             if self.context.progress is not None:
                 self.context.progress(number, len(nodes), f"rebuild {node.name}")
             try:
-                self._rebuild(node, paths[node], waiting)
+                self._rebuild(node, waiting)
             except DeclinedError as refusal:
                 self.context.missed(WHAT, refusal.why, refusal.where or node)
             waiting.discard(node)
@@ -212,20 +217,23 @@ class Sweep:
             return None
         return path
 
-    def _rebuild(self, node: ir.Node, path: Path | None, waiting: set[ir.Node]) -> None:
+    def _rebuild(self, node: ir.Node, waiting: set[ir.Node]) -> None:
         linear = linear_view_at(node)
         assert linear is not None
         if _shared(linear):
             raise DeclinedError("its weight is read by other operators too", node)
-        site = self._site(linear, waiting)
+        site, path = self._site(linear, waiting), self._path(node)
+        if path is not None:
+            self.damaged.hold([path.producer.data])  # nothing but this operator needs what the producer makes
         self.reference.compute([site.target])
         self.damaged.compute(site.reads)
         try:
-            self._check(site)
-            site.choose(ROWS_A_COLUMN * site.rows.columns + ROWS)
-            self.solve(site)
-            if path is not None and self.refit is not None:
-                self.refit(site, path, self)
+            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at, and declined
+                self._check(site)
+                site.choose(ROWS_A_COLUMN * site.rows.columns + ROWS)
+                self.solve(site)
+                if path is not None and self.refit is not None:
+                    self.refit(site, path, self)
         finally:
             self.damaged.release([*site.reads, *([path.producer.data] if path is not None else [])])
             self.reference.release([site.target])
@@ -261,9 +269,14 @@ class Sweep:
             prior = rows.by_group(prior_weight(linear, self.origin, self._namesake(linear, site)))
         halves = (self._moments(site, 0), self._moments(site, 1)) if self.damaged.batches > 1 else None
         both = self._moments(site, None) if halves is None else halves[0].plus(halves[1])
+        if not both.is_usable:
+            raise DeclinedError("what it reads, or is to make, is nothing or not finite", linear.node)
+        if (both.count < _FEWEST_ROWS or not both.varies) and not isinstance(linear, QuantizedLinear):
+            raise DeclinedError(f"{both.count} rows that hardly differ say too little: give more samples", linear.node)
         ridge = self.effort.ridge if halves is None else choose_ridge(halves, prior, self.effort.ridge)
         if halves is None and both.count < 20 * rows.columns:
             ridge = max(ridge, 1.0)  # one small batch: nothing to check a solution on
+        site.ridge = ridge
         first, adapted = both, both
         weight, bias = both.solve(prior, ridge)
         solution = weight, bias
@@ -273,11 +286,11 @@ class Sweep:
         if isinstance(linear, QuantizedLinear):
             solution = self._round(site, linear, now, (weight, bias), adapted, ridge)
         else:
-            self.store(linear, rows.as_weight(weight), bias)
+            self._look_again(site, self.store(linear, rows.as_weight(weight), bias))
         variance = float((first.energy - np.square(first.targets) / first.count).sum() / first.count)
         scale = variance or 1.0
         before, after = first.error(*now), first.error(*solution)
-        self.solved.append(Solved(linear.node.name or "", before / scale, after / scale, ridge))
+        self.solved.append(Solved(linear.node.name or "", max(before, 0.0) / scale, max(after, 0.0) / scale, ridge))
 
     def _round(
         self,
@@ -341,9 +354,20 @@ class Sweep:
             moments = replace(moments, inputs=0 * moments.inputs, targets=0 * moments.targets)
         return moments
 
-    def store(self, linear: Linear, weight: np.ndarray, bias: np.ndarray) -> None:
-        """Write a weight [M, C / G, *kernel] and bias [M] back."""
-        linear.store(self.rewriter, weight, bias)
+    def store(self, linear: Linear, weight: np.ndarray, bias: np.ndarray) -> ir.Value:
+        """Write a weight [M, C / G, *kernel] and bias [M] back; returns the result, which an Add may now make."""
+        return linear.store(self.rewriter, weight, bias)
+
+    def _look_again(self, site: Site, result: ir.Value) -> None:
+        """Bring the views of a site up to date where a MatMul got an Add for its bias."""
+        before = site.linear.result
+        if result is before:
+            return
+        linear = linear_view_at(site.linear.node)
+        assert linear is not None
+        site.rows = linear_rows(linear)
+        if site.tail.value is before:
+            site.tail = replace(site.tail, value=result)
 
 
 def _has_computed_weight(node: ir.Node) -> bool:
