@@ -303,7 +303,9 @@ def _read(path: Path, reader: Callable[[], Any]) -> Any:
         loaded = reader()
         return {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else loaded
     except FileNotFoundError as error:
-        raise DataError("there is no such file", where=str(path)) from error
+        raise DataError(
+            "there is no such file", where=str(path), help="paths are relative to the folder that you are in"
+        ) from error
     except (OSError, ValueError, EOFError, IsADirectoryError) as error:
         raise DataError(
             f"these are not NumPy arrays: {str(error).splitlines()[0]}",
@@ -358,14 +360,18 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise DataError(f"{text!r} is not a number", where=where) from error
+        raise DataError(
+            f"{text!r} is not a number", where=where, help="all keys but `kind` take one number, for instance mean=0.5"
+        ) from error
 
 
 def _calibration(path: Path) -> list[Any]:
     """One item a sample: axis 0 of each array counts samples; a folder is read file by file, in name order."""
     files = sorted(path.glob("*.np[yz]")) if path.is_dir() else [path]
     if not files:
-        raise DataError("the folder holds no .npy or .npz file", where=str(path))
+        raise DataError(
+            "the folder holds no .npy or .npz file", where=str(path), help="write some with numpy.save or numpy.savez"
+        )
     samples: list[Any] = []
     for file in files:
         loaded = _arrays(file)
@@ -375,6 +381,7 @@ def _calibration(path: Path) -> list[Any]:
             raise DataError(
                 "axis 0 of the arrays must count samples, the same number in each and at least one",
                 where=str(file),
+                help="stack the samples: an array of 64 images has the shape [64, 3, 224, 224]",
             )
         for index in range(counts.pop()):
             item = {name: array[index : index + 1] for name, array in arrays.items()}

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
     import torch
 
     from graphopt.ir.lifted import LiftedModule
+
+
+@runtime_checkable
+class Targeted(Protocol):
+    """A pass that can be told how much it has to achieve."""
+
+    @property
+    def is_target_given(self) -> bool:
+        """Whether it was told, and does not go by its default."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -315,13 +325,20 @@ def _data_sentence(data: Calibration | None) -> str:
 def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
     """What was asked for and not delivered: a budget that is the user's, or a step that is wrong.
 
-    A step that is merely slower is no missed target: never slower is what was asked for.
+    A step that is merely slower is no missed target, for never slower is what was asked for, unless it carries out
+    a target that the user has set (a share of the units that is to go, a share of the MACs that is to be left).
     """
     budget_counts = explicit or recipe.tolerance is None
+    targeted = [isinstance(single, Targeted) and single.is_target_given for single in recipe.passes]
+    behind_canonical = [False, False, *targeted]  # (input) and (canonical) come first, then one step a pass
+
+    def counts(index: int, step: Step) -> bool:
+        if step.cause == SPEED:
+            return behind_canonical[index] if index < len(behind_canonical) else any(targeted)
+        return step.cause == DEFECT or (step.cause == BUDGET and budget_counts)
+
     return tuple(
-        f"{step.name} was rolled back: {step.reason}"
-        for step in steps
-        if step.cause == DEFECT or (step.cause == BUDGET and budget_counts)
+        f"{step.name} was rolled back: {step.reason}" for index, step in enumerate(steps) if counts(index, step)
     )
 
 

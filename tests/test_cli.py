@@ -210,7 +210,11 @@ def test_plan_shows_what_would_go_and_writes_nothing(
 ) -> None:
     before = sorted(tmp_path.iterdir())
     assert run("plan", wide_file, "--set", "prune-channels.ratio=0.5") == 0
-    assert "channels  32     16" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "channels  32     16" in shown
+    assert "note:" not in shown
+    assert run("plan", wide_file, "--set", "prune-channels.ratio=0.4") == 0
+    assert "note: 0.5 of the units go, 0.4 were asked for" in capsys.readouterr().out
     assert run("plan", wide_file, "--set", "prune-channels.macs=0.5", "--json") == 0
     plan = PrunePlan.from_json(json.loads(capsys.readouterr().out))
     assert plan.share == pytest.approx(0.5)
@@ -230,6 +234,8 @@ BAD = [
     ("optimize", "{model}", "-o", "/nowhere/out.onnx", "--recipe", "exact"),
     ("optimize", "{model}", "-o", "{out}", "--calibration", "{text}"),
     ("optimize", "{model}", "-o", "{out}", "--calibration", "{wrong}"),
+    ("optimize", "{model}", "-o", "{out}", "--calibration", "{missing}"),
+    ("optimize", "{model}", "-o", "{out}", "--input-spec", "x:std=wide"),
     ("optimize", "{model}", "-o", "{out}", "--input", "{wrong}"),
     ("optimize", "{model}", "-o", "{out}", "--target", "tpu"),
     ("optimize", "{model}", "-o", "{out}", "--tolerance", "-1"),
@@ -286,6 +292,26 @@ def test_bad_usage_is_exit_code_2_without_a_traceback(
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert error.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "help_line"),
+    [
+        (("--calibration", "{folder}/missing.npy"), "help: paths are relative"),
+        (("--calibration", "{folder}/empty"), "help: write some with numpy.save"),
+        (("--calibration", "{folder}/scalar.npy"), "help: stack the samples"),
+        (("--input-spec", "x:std=wide"), "help: all keys but `kind` take one number"),
+    ],
+)
+def test_bad_data_says_the_way_out(
+    arguments: tuple[str, str], help_line: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "scalar.npy", np.float32(1))
+    (tmp_path / "empty").mkdir()
+    option, value = arguments
+    out = ("-o", tmp_path / "out.onnx", "--quiet")
+    assert run("optimize", model_file, *out, option, value.format(folder=tmp_path)) == 2
+    assert help_line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", [0, 2])

@@ -13,7 +13,7 @@ import pytest
 
 from graphopt.errors import DataError, RecipeError
 from graphopt.optimize import Result, optimize
-from graphopt.passes import Context, Pass, Semantics
+from graphopt.passes import Context, Pass, PruneChannels, Semantics
 from graphopt.pipeline import measure_metric
 
 
@@ -203,6 +203,20 @@ def test_slower_is_no_missed_target_even_with_a_budget() -> None:
     result = optimize(model(256), recipe=[Slow(add_work)], tolerance=0.5, quiet=True)
     assert step(result).cause == "speed"
     assert not result.report.missed
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_slower_is_a_missed_target_where_a_pass_was_told_how_much(given: bool) -> None:
+    @dataclass(frozen=True)
+    class Told(DoLossy):
+        name: ClassVar[str] = "told"
+        is_target_given: ClassVar[bool] = given
+
+    result = optimize(model(256), recipe=[Do(), Told(add_work)], tolerance=0.5, quiet=True)
+    assert step(result).cause == "speed"
+    assert [line.startswith("told was rolled back: slower") for line in result.report.missed] == [True] * given
+    assert PruneChannels(macs=0.5).is_target_given
+    assert not PruneChannels().is_target_given
 
 
 def test_a_wrong_exact_pass_is_a_missed_target() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from graphopt.criteria.contract import Criterion, Knowledge, check_combination, 
 from graphopt.criteria.members import Membership
 from graphopt.criteria.observation import by_channel, differing_shapes, living_values, stream
 from graphopt.errors import DataError
+from graphopt.inputs.calibration import Calibration
 from graphopt.ir.channels import ChannelGroup
 
 
@@ -30,10 +31,12 @@ class DomainSimilarity(Criterion):
 
     Args:
         combine: how several values that carry the channels become one score: "mean", "max", "sum" or "norm".
-        shifted: batches of inputs by name of the second domain, iterable more than once.
+        shifted: inputs of the second domain, as calibration: an iterable of arrays, tuples or dicts by input name,
+            iterable more than once.
 
     Raises:
-        DataError: `shifted` or `Knowledge.feeds` is missing, or the shapes of activations differ between batches.
+        DataError: `shifted` or `Knowledge.feeds` is missing, an item does not fit the model, or the shapes of
+            activations differ between batches.
 
     Example:
         >>> DomainSimilarity(shifted=[{"x": np.zeros((1, 2), np.float32)}]).name
@@ -43,7 +46,7 @@ class DomainSimilarity(Criterion):
     name: ClassVar[str] = "domain-similarity"
     needs: ClassVar[str] = "inputs"
     combine: str = "mean"
-    shifted: Iterable[Mapping[str, np.ndarray]] | None = field(default=None, compare=False, repr=False)
+    shifted: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_combination(self.combine)
@@ -57,6 +60,7 @@ class DomainSimilarity(Criterion):
                 where="shifted",
                 help="pass inputs of the other domain: criterion('domain-similarity', shifted=batches)",
             )
+        shifted = Calibration(knowledge.model, self.shifted, name="shifted")
         membership = Membership(knowledge)
         places = {group.name: living_values(membership, group, knowledge.model) for group in groups}
         values = [value for found in places.values() for value in found]
@@ -64,7 +68,7 @@ class DomainSimilarity(Criterion):
             value for group in groups for value in places[group.name] if 0 in membership.ownership(group).axes(value)
         }
         maps: list[dict[ir.Value, _Map]] = [{}, {}]
-        for domain, batches in zip(maps, (feeds, self.shifted), strict=True):
+        for domain, batches in zip(maps, (feeds, shifted), strict=True):
 
             def see(value: ir.Value, array: np.ndarray, domain: dict[ir.Value, _Map] = domain) -> None:
                 domain.setdefault(value, _Map(averaged=value not in rigid)).see(value, array)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.criteria.contract import Criterion, Knowledge, required_feeds
+from graphopt.criteria.magnitude import groups_without_batchnorm, without_batchnorm
 from graphopt.criteria.members import MAKERS, Member, Membership
 from graphopt.criteria.roles import Role
 from graphopt.errors import DataError, GraphoptError
@@ -44,6 +45,12 @@ class _Gradient(Criterion):
                 "`loss` and `data` come together",
                 where=f"criterion {self.name!r}",
                 help="pass both for gradients of your loss, neither for the divergence to the model's own output",
+            )
+        if self.data is not None and not isinstance(self.data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GraphoptError(
+                f"`data` is a {type(self.data).__name__}, which cannot be iterated",
+                where=f"criterion {self.name!r}",
+                help="pass a list or a DataLoader of batches (inputs..., labels...)",
             )
         if self.loss is not None and self.outputs:
             raise GraphoptError(
@@ -175,6 +182,10 @@ class TaylorBatchnorm(_Gradient):
         makers = membership.of_role(group, *MAKERS)
         bare = [member for member in makers if membership.following(member).normalization is None]
         return normalized + _made_by(membership, group, bare)
+
+    def remarks(self, knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
+        """Which groups pass no BatchNormalization, and what ranks them."""
+        return without_batchnorm(groups_without_batchnorm(Membership(knowledge), groups), groups, "taylor")
 
     def _measure(self, change: np.ndarray) -> np.ndarray:
         return np.abs(change)

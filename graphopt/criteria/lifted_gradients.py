@@ -11,9 +11,11 @@ import torch
 
 from graphopt.criteria.contract import Knowledge
 from graphopt.errors import DataError, GraphoptError
+from graphopt.inputs.calibration import fit_feeds
 from graphopt.ir.lift import lift
 from graphopt.ir.lifted import VALUE, LiftedModule, as_array, as_tensor
 from graphopt.ir.ops.torch.sizes import HOST
+from graphopt.ir.session import PlacedFeeds
 
 _CONSTANT = 1e-6
 """An output whose variance is below this share of its mean square is taken for constant: the latter stands in."""
@@ -32,6 +34,7 @@ class Gradients:
         Raises:
             LiftError: an operator has no torch function.
         """
+        self._model = knowledge.model
         module = lift(knowledge.model, table=knowledge.groups.analysis.table)
         if module.dtype.itemsize < 4:
             module.to(torch.float32)
@@ -49,16 +52,27 @@ class Gradients:
 
         Raises:
             DataError: a batch does not fit the model.
-            GraphoptError: the loss is no number that depends on the outputs.
+            GraphoptError: the loss raises, or is no number that depends on the outputs.
         """
         for number, item in enumerate(data):
-            feeds, labels, named = split_labels(item, self._module.interface.inputs, f"batch {number} of the data")
-            outputs, weights = self._run(feeds)
-            found = loss(outputs[0] if len(outputs) == 1 else tuple(outputs), *labels, **named)
+            where = f"batch {number} of the data"
+            feeds, labels, named = split_labels(item, self._module.interface.inputs, where)
+            feeds = fit_feeds(self._model, {name: as_array(tensor) for name, tensor in feeds.items()}, where)
+            outputs, weights = self._run(feeds, where)
+            try:
+                found = loss(outputs[0] if len(outputs) == 1 else tuple(outputs), *labels, **named)
+            except Exception as error:
+                given = ", ".join([*(type(label).__name__ for label in labels), *named]) or "no labels"
+                raise GraphoptError(
+                    f"the loss raised {type(error).__name__}: {error}",
+                    where=where,
+                    help=f"it is called as loss(outputs, *labels), here with {len(outputs)} outputs and {given}; what "
+                    f"follows the {len(feeds)} inputs of a batch (inputs..., labels...) is labels",
+                ) from error
             if not isinstance(found, torch.Tensor) or found.numel() != 1 or not found.requires_grad:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise GraphoptError(
                     "the loss returned no single number that depends on the outputs",
-                    where=f"batch {number} of the data",
+                    where=where,
                     help="return a scalar tensor computed from the outputs, without `detach` or `no_grad`",
                 )
             yield self._gradients(found.reshape(()), weights, keep=False)
@@ -76,8 +90,9 @@ class Gradients:
         if unknown:
             raise DataError(f"the model has no output {unknown[0]!r}", help=f"it has {', '.join(self._outputs)}")
         wanted = [index for index, name in enumerate(self._outputs) if not outputs or name in outputs]
-        for batch in feeds:
-            results, weights = self._run(batch)
+        for number, batch in enumerate(feeds):
+            where = batch.where if isinstance(batch, PlacedFeeds) else f"batch {number} of the inputs"
+            results, weights = self._run(batch, where)
             chosen = [results[index] for index in wanted if results[index].requires_grad and results[index].numel()]
             if not chosen:
                 raise GraphoptError(
@@ -90,10 +105,18 @@ class Gradients:
                 total = torch.stack(parts).sum() / len(parts) ** 0.5
                 yield self._gradients(total, weights, keep=projection + 1 < projections)
 
-    def _run(self, feeds: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _run(self, feeds: Mapping[str, Any], where: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The model's outputs, and the weights as they took part in them."""
-        with torch.enable_grad():
-            found = self._module(*self._module.tensors(feeds))
+        try:
+            with torch.enable_grad():
+                found = self._module(*self._module.tensors(feeds))
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            shapes = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in feeds.items())
+            raise DataError(
+                f"torch cannot run the model on these inputs: {(str(error) or type(error).__name__).splitlines()[0]}",
+                where=f"{where}, {shapes}",
+                help="pass inputs of the model's own shapes and dtypes that fit together",
+            ) from error
         found = list(found) if isinstance(found, (tuple, list)) else [found]
         return found[: len(self._outputs)], found[len(self._outputs) :]
 

@@ -150,6 +150,14 @@ class BatchnormScale(Criterion):
         arrays = [(member, np.abs(membership.weights.array(member.value))) for member in chosen]
         return combined([member.sums(array) for member, array in arrays], self.combine)
 
+    def remarks(self, knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
+        """Which groups pass no BatchNormalization, and what ranks them."""
+        membership = Membership(knowledge)
+        without = groups_without_batchnorm(membership, groups)
+        other = sum(bool(membership.of_role(group, Role.SCALE)) for group in without)
+        by = " or ".join(["other scales"] * (other > 0) + ["l2"] * (other < len(without)))
+        return without_batchnorm(without, groups, by)
+
 
 @dataclass(frozen=True)
 class Random(Criterion):
@@ -172,6 +180,25 @@ class Random(Criterion):
 
     def _one(self, seed: int, group: ChannelGroup) -> np.ndarray:
         return np.random.default_rng([seed, zlib.crc32(group.name.encode())]).random(group.units)
+
+
+def groups_without_batchnorm(membership: Membership, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Those of the groups whose channels pass no BatchNormalization."""
+    return [
+        group
+        for group in groups
+        if not any(is_op(member.node, "BatchNormalization") for member in membership.of_role(group, Role.SCALE))
+    ]
+
+
+def without_batchnorm(without: Sequence[ChannelGroup], groups: Sequence[ChannelGroup], by: str) -> tuple[str, ...]:
+    """The remark on groups that pass no BatchNormalization and are ranked by something else; none without such."""
+    if not without:
+        return ()
+    extent = "" if len(without) == len(groups) else f" in {len(without)} of {len(groups)} groups"
+    return (
+        f"no BatchNormalization{extent}, ranked by {by} there" if extent else f"no BatchNormalization, ranked by {by}",
+    )
 
 
 def _norms(membership: Membership, members: Sequence[Member]) -> list[np.ndarray]:

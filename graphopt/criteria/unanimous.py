@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from graphopt.criteria.contract import Criterion, Knowledge
+from graphopt.criteria.contract import Criterion, Knowledge, checked_scores
 from graphopt.errors import GraphoptError
 from graphopt.ir.channels import ChannelGroup
 
@@ -26,7 +26,7 @@ class Unanimous(Criterion):
     between groups where the criteria are.
 
     Args:
-        criteria: one a task, at least one.
+        criteria: one a task, at least one: criteria, names of criteria, or tables with a name and options.
 
     Raises:
         GraphoptError: there is none, or one of them is no criterion.
@@ -43,23 +43,35 @@ class Unanimous(Criterion):
     criteria: tuple[Criterion, ...] = ()
 
     def __post_init__(self) -> None:
-        wrong = [entry for entry in self.criteria if not isinstance(entry, Criterion)]  # pyright: ignore[reportUnnecessaryIsInstance]
-        if wrong or not self.criteria:
+        given: Any = self.criteria
+        if isinstance(given, (str, Criterion, Mapping)) or not isinstance(given, Iterable) or not given:
             raise GraphoptError(
-                f"{wrong[0]!r} is no criterion" if wrong else "there is nobody to vote",
+                f"`criteria` is {given!r}" if given else "no criteria are given, and 'unanimous' combines several",
                 where="criterion 'unanimous'",
-                help="pass one criterion a task: criteria=(criterion('taylor', outputs=('a',)), ...)",
+                help="pass one criterion a task: criteria=('l1', criterion('taylor', outputs=('a',)), ...)",
             )
+        object.__setattr__(self, "criteria", tuple(map(_member, cast("Iterable[Any]", given))))
         # What is needed depends on who votes: an attribute of the instance in front of that of the class.
-        object.__setattr__(self, "criteria", tuple(self.criteria))
         object.__setattr__(self, "needs", max((each.needs for each in self.criteria), key=_NEEDS.index))
 
     def scores(self, knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> dict[str, np.ndarray]:
         """See `Criterion`."""
         found = {group.name: np.zeros(group.units) for group in groups}
         for each in self.criteria:
-            votes = each.scores(knowledge, groups)
+            votes = checked_scores(each, knowledge, groups)
             total = sum(float(vote.sum()) for vote in votes.values())
             for name, vote in votes.items():
                 found[name] = np.maximum(found[name], vote / (total if total > 0 else 1.0))
         return found
+
+    def remarks(self, knowledge: Knowledge, groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
+        """Those of the criteria, each with its name."""
+        return tuple(f"{each.name}: {line}" for each in self.criteria for line in each.remarks(knowledge, groups))
+
+
+def _member(entry: Any) -> Criterion:
+    """A criterion, one by name, or one as a table with its name and options."""
+    from graphopt.criteria.registry import criterion  # which knows this one too
+
+    options = dict(cast("Mapping[str, Any]", entry)) if isinstance(entry, Mapping) else {"name": entry}
+    return criterion(options.pop("name", None), **options)

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import DataError
-from graphopt.inputs.probes import model_inputs
+from graphopt.inputs.probes import dimension_role, is_expression, model_inputs
+from graphopt.ir.dimensions import dimension_name
+from graphopt.ir.session import PlacedFeeds
 
 RECORDED_BYTES = 512 * 1024 * 1024
 """How much of a one-pass source (a generator) is kept in memory so that it can be read again."""
@@ -41,27 +43,29 @@ class Calibration:
         7
     """
 
-    def __init__(self, model: ir.Model, source: Any, *, limit: int | None = None) -> None:
+    def __init__(self, model: ir.Model, source: Any, *, limit: int | None = None, name: str = "calibration") -> None:
         """Wrap `source` for `model`.
 
         Args:
             model: its inputs are what every item must fit.
             source: iterable of items.
             limit: read at most this many items.
+            name: what to call the source in errors.
 
         Raises:
             DataError: `source` is not iterable, or is one array or mapping rather than an iterable of items.
         """
         if isinstance(source, (Mapping, str, bytes)) or _is_array(source):
             raise DataError(
-                f"calibration is one {type(source).__name__}, not an iterable of inputs",
+                f"{name} is one {type(source).__name__}, not an iterable of inputs",
                 help="pass a list with one entry for each set of inputs, for instance [x]",
             )
         if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
-            raise DataError(f"calibration is not iterable: {type(source).__name__}", help="pass a list of inputs")
+            raise DataError(f"{name} is not iterable: {type(source).__name__}", help="pass a list of inputs")
         self._inputs = tuple(model_inputs(model))
         self._source: Iterable[Any] = source
         self._limit = limit
+        self._name = name
         self._one_pass = isinstance(source, Iterator)
         self._recorded: list[dict[str, np.ndarray]] = []
         self._recorded_bytes = 0
@@ -91,13 +95,15 @@ class Calibration:
             self._rest = self._stream()
         feeds = next(self._rest, None)
         if feeds is None and self.samples is None:
-            raise DataError("the calibration data is a one-pass iterator that has failed before", help="see that error")
+            raise DataError(
+                f"the {self._name} data is a one-pass iterator that has failed before", help="see that error"
+            )
         if feeds is None:
             return False
         self._recorded_bytes += sum(array.nbytes for array in feeds.values())
         if self._recorded_bytes > RECORDED_BYTES:
             raise DataError(
-                f"the calibration data is a one-pass iterator of more than {RECORDED_BYTES >> 20} MiB",
+                f"the {self._name} data is a one-pass iterator of more than {RECORDED_BYTES >> 20} MiB",
                 help="pass something that can be iterated again: a list, a DataLoader, an object with __iter__",
             )
         self._recorded.append(feeds)
@@ -106,13 +112,14 @@ class Calibration:
     def _stream(self) -> Iterator[dict[str, np.ndarray]]:
         samples = items = 0
         for index, item in enumerate(self._items()):
-            feeds = self.fit(item, f"calibration item {index}")
+            where = f"{self._name} item {index}"
+            feeds = PlacedFeeds(self.fit(item, where), where=where)
             samples += _rows(feeds)
             items += 1
             yield feeds
         if items == 0:
             raise DataError(
-                "the calibration data is empty",
+                f"the {self._name} data is empty",
                 help="pass at least one set of inputs, or none at all (calibration=None) to go data-free",
             )
         self.samples = samples
@@ -175,6 +182,12 @@ class Calibration:
                 where=where,
                 help="add the batch axis: x[None]" if added else _other_batch(array.shape, shape),
             )
+        for axis, size in enumerate(array.shape):
+            name = dimension_name(value, axis)
+            if size == 0 and name and not is_expression(name) and dimension_role(value, axis, name) == "batch":
+                raise DataError(
+                    f"there is no sample in it: the shape is {list(array.shape)}", where=where, help="leave it out"
+                )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError("the array holds NaN or infinity", where=where, help="leave such items out")
         return array
@@ -241,7 +254,12 @@ def as_array(given: Any, where: str = "input") -> np.ndarray:
     if array.dtype.kind in "US" or (array.dtype == object and all(map(_is_text, array.flat))):
         return array.astype(object)  # as onnxruntime takes strings
     if array.dtype == object:
-        raise DataError(f"not an array: {type(given).__name__}", where=where, help="give NumPy arrays or torch tensors")
+        objects = f"an array of objects, {list(array.shape)}" if array.ndim else repr(array.item())[:80]
+        raise DataError(
+            f"not an array of numbers but {objects}",
+            where=where,
+            help="give NumPy arrays or torch tensors of one dtype",
+        )
     return array
 
 

@@ -7,7 +7,9 @@ it indexes, and, last, its name. Whatever is guessed can be stated: see `InputSp
 from __future__ import annotations
 
 import ast
+import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,12 +55,17 @@ _KEEPS_INDICES = {
 class InputSpec:
     """What the user knows about one input. Everything left out is read off the graph.
 
+    Each number is one for the whole input; channels cannot have their own.
+
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`: "image", "audio", "gaussian" for floats, "tokens", "integer" for integers, "mask" for any.
         mean: mean of the values, floats only.
         std: standard deviation of the values, floats only.
         low: smallest value (inclusive).
         high: largest value (inclusive).
+
+    Raises:
+        DataError: the kind is unknown, a statement is no finite number, or the range is empty.
 
     Example:
         >>> InputSpec(kind="image", low=0, high=255, mean=120, std=60).kind
@@ -74,10 +81,16 @@ class InputSpec:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise DataError(f"unknown kind of input {self.kind!r}", help=f"kinds are {', '.join(KINDS)}")
+        for name in ("mean", "std", "low", "high"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, numbers.Real)):
+                raise DataError(
+                    f"`{name}` of an input is {number!r}, but must be one number",
+                    help="state one number for the whole input, for instance the mean over its channels",
+                )
         if self.low is not None and self.high is not None and self.low > self.high:
             raise DataError(f"the range of an input is empty: low {self.low} > high {self.high}")
-        numbers = [number for number in (self.mean, self.std, self.low, self.high) if number is not None]
-        if not np.isfinite(numbers).all():
+        if not np.isfinite([n for n in (self.mean, self.std, self.low, self.high) if n is not None]).all():
             raise DataError(f"what is stated of an input is not finite: {self}", help="leave out what is not known")
         if self.std is not None and self.std < 0:
             raise DataError(f"the standard deviation of an input is {self.std}, but must be at least 0")
@@ -281,14 +294,51 @@ def probers(
 
 
 def check_specs(model: ir.Model, specs: Mapping[str, InputSpec]) -> None:
-    """Raise `DataError` where what is stated is of an input that the model does not have, or no `InputSpec`."""
-    names = [value.name or "?" for value in model_inputs(model)]
+    """Raise `DataError` where what is stated is no `InputSpec`, of an input that the model does not have, or unfit."""
+    values = {value.name or "?": value for value in model_inputs(model)}
     for name, spec in specs.items():
-        if name not in names:
-            raise DataError(f"the model has no input named {name!r}", help=f"its inputs are {', '.join(names)}")
+        if name not in values:
+            raise DataError(f"the model has no input named {name!r}", help=f"its inputs are {', '.join(values)}")
         if not isinstance(spec, InputSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise DataError(
                 f"what is stated of input {name!r} is a {type(spec).__name__}", help="give a graphopt.InputSpec"
+            )
+        _check_kind(values[name], spec.kind)
+        _check_range(values[name], spec)
+
+
+def _check_kind(value: ir.Value, kind: str | None) -> None:
+    """Raise `DataError` where an input of this type and shape cannot be of the kind."""
+    if kind is None or value.dtype is None or value.shape is None:
+        return
+    fitting = ("image", "audio", "gaussian", "mask") if _is_float(value) else ("tokens", "integer", "mask")
+    if value.dtype == ir.DataType.BOOL:
+        fitting = ("mask",)
+    # A symbolic dimension may be that of colours or that of a side: an image where any such reading is one.
+    readings = itertools.product(*((size,) if isinstance(size, int) else (3, 224) for size in value.shape))
+    if "image" in fitting and (len(value.shape) > 5 or not any(image_axes(reading) for reading in readings)):
+        fitting = tuple(other for other in fitting if other != "image")
+    if "audio" in fitting and not len(value.shape):
+        fitting = tuple(other for other in fitting if other != "audio")
+    if kind not in fitting:
+        raise DataError(
+            f"input {value.name!r} is said to be of kind {kind!r}, but is {value.dtype.numpy()} of shape {value.shape}",
+            where=f"input {value.name!r}",
+            help=f"kinds for it are {', '.join(fitting)}; or leave the kind out",
+        )
+
+
+def _check_range(value: ir.Value, spec: InputSpec) -> None:
+    """Raise `DataError` where stated integers lie outside the table that the input indexes."""
+    limit = None if _is_float(value) else _index_limit(value)
+    if limit is None:
+        return
+    for name, number in (("low", spec.low), ("high", spec.high)):
+        if number is not None and not -limit <= number < limit:
+            raise DataError(
+                f"`{name}` is {number}, but the table that the input indexes has {limit} rows",
+                where=f"input {value.name!r}",
+                help=f"state ids from 0 to {limit - 1}, or leave `{name}` out: the graph tells",
             )
 
 

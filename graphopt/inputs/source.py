@@ -20,6 +20,7 @@ from graphopt.inputs.probes import InputSpec, check_specs, model_inputs
 from graphopt.inputs.store import Store, model_digest, storage_key
 from graphopt.inputs.synthetic import Report, Synthetic, UnavailableError
 from graphopt.ir.dimensions import dimension_name
+from graphopt.ir.session import PlacedFeeds
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class FirstSamples:
         for feeds in self._batches:
             count = self._counter({name: array.shape for name, array in feeds.items()})
             if self._cut and count > left and all(len(array) == count for array in feeds.values()):
-                yield {name: array[:left] for name, array in feeds.items()}
+                cut = {name: array[:left] for name, array in feeds.items()}
+                yield PlacedFeeds(cut, where=feeds.where) if isinstance(feeds, PlacedFeeds) else cut
                 return
             yield feeds
             left -= count

@@ -36,6 +36,22 @@ _TYPES_OF_ORT_VALUES = {
 }
 
 
+class PlacedFeeds(dict[str, np.ndarray]):
+    """One set of inputs that knows where it came from, so that an error about it can say so.
+
+    Attributes:
+        where: for instance "calibration item 3".
+
+    Example:
+        >>> PlacedFeeds({"x": np.ones(2)}, where="calibration item 3").where
+        'calibration item 3'
+    """
+
+    def __init__(self, feeds: Feeds, *, where: str) -> None:
+        super().__init__(feeds)
+        self.where = where
+
+
 class Session(onnxruntime.InferenceSession):
     """An onnxruntime session that keeps the weights alive which it shares with the graph."""
 
@@ -46,10 +62,14 @@ class Session(onnxruntime.InferenceSession):
         try:
             return [np.asarray(output) for output in self.run(None, dict(feeds))]
         except Exception as error:
+            shapes = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in feeds.items())
+            placed = isinstance(feeds, PlacedFeeds)
             raise DataError(
                 f"onnxruntime cannot run the model on these inputs: {_first_line(error)}",
-                where=", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in feeds.items()),
-                help="pass example inputs of the model's own shapes and dtypes (`args`, or `--input`)",
+                where=f"{feeds.where}, {shapes}" if placed else shapes,
+                help="its inputs must fit together, and ids lie in their tables: leave the item out, or mend it"
+                if placed
+                else "pass example inputs of the model's own shapes and dtypes (`args`, or `--input`)",
             ) from error
 
 

@@ -45,6 +45,7 @@ class Reconstruction:
         why: why from there.
         samples: how many samples at most.
         solved: the operators, in graph order; empty for closed forms.
+        count: how many operators were rebuilt.
     """
 
     form: str
@@ -52,9 +53,10 @@ class Reconstruction:
     why: str = ""
     samples: int = 0
     solved: tuple[Solved, ...] = ()
+    count: int = 0
 
     def __str__(self) -> str:
-        head = f"{self.form}, {len(self.solved)} operators, inputs: {self.source or 'none'}"
+        head = f"{self.form}, {self.count} operators, inputs: {self.source or 'none'}"
         width = max((len(one.node) for one in self.solved), default=0)
         rows = [
             f"{one.node:{width}}  {one.before:9.2e} -> {one.after:9.2e}  ridge {one.ridge:g}" for one in self.solved
@@ -179,14 +181,14 @@ class FoldReconstruction(Pass):
                 f"{len(sweep.solved)} operators, relative square error {before:.2g} -> {after:.2g} (median)",
                 model.graph.name or "model",
             )
-        return Reconstruction(self.form, found.source, found.why, most, tuple(sweep.solved))
+        return Reconstruction(self.form, found.source, found.why, most, tuple(sweep.solved), len(sweep.solved))
 
     def _closed(self, model: ir.Model, origin: Origin, context: Context) -> Reconstruction:
         if origin.selection is None:
             context.missed("rebuild", f"form {self.form} is for what one run of prune-channels removed", "model")
             return Reconstruction(self.form)
         form = Ridge(alpha2=np.inf) if self.form == "mean" else self.form
-        rebuild_closed(
+        count = rebuild_closed(
             origin.model,
             model,
             channel_groups(origin.model, sizes=_known_sizes(origin.model, context.sizes)),
@@ -195,7 +197,8 @@ class FoldReconstruction(Pass):
             mean_correction=self.mean_correction,
             context=context,
         )
-        return Reconstruction(self.form)
+        context.note("rebuild", f"{count} operators by {self.form}, no inputs needed", model.graph.name or "model")
+        return Reconstruction(self.form, count=count)
 
 
 def _macs_of_one(model: ir.Model, sizes: Mapping[str, int]) -> int:

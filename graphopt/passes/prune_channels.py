@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.criteria import Criterion, Knowledge, criterion
-from graphopt.errors import GraphoptError
+from graphopt.criteria import Criterion, Knowledge, checked_scores, criterion
+from graphopt.criteria.contract import check_seed
+from graphopt.errors import DataError, GraphoptError, TargetMissedError
+from graphopt.inputs.batches import resized
+from graphopt.inputs.probes import symbolic_sizes
+from graphopt.inputs.source import SOURCES
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.dimensions import symbolic_dimensions
 from graphopt.ir.origin import remember_origin, set_origin
-from graphopt.passes.contract import Context, Pass, Semantics
-from graphopt.passes.fold_reconstruction import RECONSTRUCTIONS, FoldReconstruction
-from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped
+from graphopt.passes.contract import Context, Pass, Remark, Semantics
+from graphopt.passes.fold_reconstruction import LEAST_SQUARES, RECONSTRUCTIONS, FoldReconstruction
+from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped, with_blockers
 from graphopt.passes.prune_plan import GroupPlan, PrunePlan, SkippedGroup, digest_of
 from graphopt.search import Allocation, Candidate, CostModel, Problem, Solution, Target, allocation, solve, unit_step
 from graphopt.search.rounding import check_round_to
@@ -111,7 +115,9 @@ class PruneChannels(Pass):
             )
         for name, share in given.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise GraphoptError(f"{name} is {share!r}, it must be a number")
+                raise GraphoptError(
+                    f"{name} is {share!r}, it must be a number", help=f"write it without quotes: {name} = 0.3"
+                )
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise GraphoptError(f"ratio is {self.ratio}, it must be at least 0 and below 1", help="0.3 removes 30 %")
         _ = self.target
@@ -125,15 +131,26 @@ class PruneChannels(Pass):
             raise GraphoptError(
                 f"unknown compensation {self.compensation!r}", help=f"one of none, {', '.join(RECONSTRUCTIONS)}"
             )
+        if self.source not in SOURCES:
+            raise GraphoptError(f"unknown source {self.source!r}", help=f"one of {', '.join(SOURCES)}")
+        check_seed(self.seed)
         check_round_to(self.round_to)
         check_patterns("keep", self.keep)
         check_patterns("skip", self.skip)
         if isinstance(self.min_units, bool) or not isinstance(self.min_units, int) or self.min_units < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise GraphoptError(f"min_units is {self.min_units!r}, it must be a whole number of at least 1")
+            raise GraphoptError(
+                f"min_units is {self.min_units!r}, it must be a whole number of at least 1",
+                help="1 is the default; 16 keeps 16 units of each group",
+            )
 
     def _given(self) -> dict[str, float]:
         found = {"ratio": self.ratio, "macs": self.macs, "params": self.params, "bytes": self.bytes}
         return {name: share for name, share in found.items() if share is not None}
+
+    @property
+    def is_target_given(self) -> bool:
+        """Whether one of ratio, macs, params and bytes is set; without, the ratio is `DEFAULT_RATIO`."""
+        return bool(self._given())
 
     @property
     def target(self) -> Target:
@@ -150,7 +167,8 @@ class PruneChannels(Pass):
 
         Args:
             model: canonical.
-            context: `sizes` binds symbolic dimensions, on which MACs depend; inputs come from it where they are needed.
+            context: `sizes` binds symbolic dimensions, on which MACs depend (those of one sample are counted); inputs
+                come from it where they are needed.
 
         Returns:
             The plan.
@@ -158,11 +176,11 @@ class PruneChannels(Pass):
         Raises:
             GraphoptError: a pattern matches nothing, or nothing can be pruned (the message lists the blockers).
             TargetMissedError: the target cannot be met.
-            DataError: criterion or allocation need inputs that cannot be had.
+            DataError: criterion, allocation or compensation need inputs that cannot be had.
         """
         context = context or Context()
-        sizes = _known_sizes(model, context)
-        groups = channel_groups(model, sizes=sizes)
+        self._check_source(context, self.compensation)
+        groups = channel_groups(model, sizes=_known_sizes(model, context))
         chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
         remark_skipped(skipped, context)
         feeds = _Feeds(model, context, self.source)
@@ -170,22 +188,37 @@ class PruneChannels(Pass):
         knowledge = Knowledge(
             model, groups, None if ranking.needs == "weights" else feeds, max(context.threads, 0), self.seed
         )
-        scores = ranking.scores(knowledge, chosen)
+        scores = checked_scores(ranking, knowledge, chosen)
         candidates = tuple(
-            Candidate(
-                group,
-                np.asarray(scores[group.name], np.float64),
-                step=unit_step(group, self.round_to),
-                least=self.min_units,
-            )
+            Candidate(group, scores[group.name], step=unit_step(group, self.round_to), least=self.min_units)
             for group in chosen
         )
+        sizes = resized(model, {**symbolic_sizes(model), **(_known_sizes(model, context) or {})}, 1)
         costs = CostModel(model, groups, sizes)
         problem = Problem(model, groups, candidates, self.target, costs, lambda: feeds, max(context.threads, 0))
-        solution = solve(problem, allocation(self.allocation), sizes)
-        plan = self._planned(model, problem, solution, skipped, feeds)
-        _remark(plan, problem, solution, context)
-        return plan
+        try:
+            solution = solve(problem, allocation(self.allocation), sizes)
+        except TargetMissedError as error:
+            raise with_blockers(error, skipped) from error
+        remarks = [
+            *(
+                Remark("note", "prune channels", f"criterion {ranking.name}: {line}", "model")
+                for line in ranking.remarks(knowledge, chosen)
+            ),
+            *_remarks(problem, solution),
+        ]
+        context.remarks.extend(remarks)
+        return self._planned(model, problem, solution, skipped, feeds, remarks)
+
+    def _check_source(self, context: Context, compensation: str) -> None:
+        """Raise `DataError` where the compensation is to use calibration, and there is none."""
+        if self.source == "calibration" and context.calibration is None and compensation == LEAST_SQUARES:
+            raise DataError(
+                "source is 'calibration', and there is none for the compensation",
+                where="source",
+                help="pass calibration data (`calibration=`, or Context(calibration=Calibration(model, batches))), "
+                "or choose another source",
+            )
 
     def _planned(
         self,
@@ -194,6 +227,7 @@ class PruneChannels(Pass):
         solution: Solution,
         skipped: list[SkippedGroup],
         feeds: _Feeds,
+        remarks: Sequence[Remark],
     ) -> PrunePlan:
         target = self.target
         asked = f"{1 - target.share:.3g} of the units" if target.kind == "units" else f"to {target}"
@@ -209,6 +243,9 @@ class PruneChannels(Pass):
             source=feeds.sentence,
             before=solution.before,
             after=solution.after,
+            notes=tuple(
+                remark.why if remark.where == "model" else f"{remark.where}: {remark.why}" for remark in remarks
+            ),
         )
 
     def apply(self, model: ir.Model, plan: PrunePlan, context: Context | None = None) -> None:
@@ -221,9 +258,11 @@ class PruneChannels(Pass):
 
         Raises:
             GraphoptError: the plan was made for another model. Nothing has changed then.
+            DataError: the compensation needs calibration, and `context` has none. Nothing has changed then.
         """
         context = context or Context()
         plan.check(model)
+        self._check_source(context, plan.compensation)
         if not plan.selection:
             return
         origin = remember_origin(model)
@@ -275,14 +314,21 @@ def _group_plan(candidate: Candidate, removed: tuple[int, ...]) -> GroupPlan:
     return GroupPlan(candidate.name, candidate.group.role, candidate.units, removed, boundary)
 
 
-def _remark(plan: PrunePlan, problem: Problem, solution: Solution, context: Context) -> None:
-    for name in solution.limited:
-        context.missed("prune channels", "several groups share an axis, and something must be left on it", name)
-    target = problem.target
-    if not plan.selection and target.share < 1:
+def _remarks(problem: Problem, solution: Solution) -> list[Remark]:
+    """What the user should know where less or more goes than was asked for."""
+    what, target = "prune channels", problem.target
+    why = "several groups share an axis, and something must be left on it"
+    found = [Remark("missed", what, why, name) for name in solution.limited]
+    if target.share < 1 and not any(solution.removed.values()):
         steps = sorted({candidate.step for candidate in problem.candidates})
         why = f"no group loses a unit: widths are rounded to multiples of {', '.join(map(str, steps))} units"
-        context.missed("prune channels", f"{why}; round_to=1 allows any", "model")
-    elif target.kind != "units" and abs(solution.share - target.share) > TOLERANCE * target.share:
+        found.append(Remark("missed", what, f"{why}; round_to=1 allows any", "model"))
+    elif abs(solution.share - target.share) > TOLERANCE * target.share:
         why = f"{solution.share:.3f} of the {target.kind} is left: the widths come no nearer to {target.share:.3f}"
-        context.note("prune channels", why, "model")
+        if target.kind == "units":
+            why = f"{1 - solution.share:.3g} of the units go, {1 - target.share:.3g} were asked for: "
+            why += "each group keeps the nearest width that is allowed"
+            rounded = any(candidate.step > 1 for candidate in problem.candidates)
+            why += "; round_to=1 allows any" if rounded else ""
+        found.append(Remark("note", what, why, "model"))
+    return found

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, TargetMissedError
 from graphopt.ir.channel_analysis import nodes_below, weight_sources
 from graphopt.ir.channels import ChannelGroup, ChannelGroups
 from graphopt.passes.contract import Context
@@ -49,7 +49,12 @@ def check_patterns(option: str, patterns: Sequence[str]) -> None:
             f"{option} is one string", help=f"give a list of patterns: {option} = [{patterns!r}]", where=option
         )
     if not all(isinstance(pattern, str) for pattern in patterns):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise GraphoptError(f"{option} is {patterns!r}, it must be a list of patterns", where=option)
+        example = '["head*"]' if option == "keep" else f'["{DEFAULT_SKIP[0]}"]'
+        raise GraphoptError(
+            f"{option} is {patterns!r}, it must be a list of patterns",
+            where=option,
+            help=f"each is a text, for instance {option} = {example}",
+        )
     for pattern in patterns if option == "skip" else ():
         if not any(_matches(role, pattern) for role in (*ROLES, INEXACT)):
             raise GraphoptError(
@@ -151,6 +156,25 @@ def _check_keep(groups: ChannelGroups, keep: Sequence[str]) -> None:
 
 def _nothing(skipped: Sequence[SkippedGroup]) -> GraphoptError:
     """The error of a model in which nothing may be pruned, with what stands in the way."""
+    by_choice = any(group.reason.startswith(("skip", "keep", "it has")) for group in skipped)
+    return GraphoptError(
+        f"nothing may be pruned: {_blockers(skipped) or 'the model has no channels'}",
+        where="model",
+        help="let more groups go: skip=(), a smaller keep or min_units"
+        if by_choice
+        else "`graphopt groups` shows what blocks which channels",
+    )
+
+
+def with_blockers(error: TargetMissedError, skipped: Sequence[SkippedGroup]) -> TargetMissedError:
+    """The error of a target that cannot be met, with the groups that stand in its way and why they stay whole."""
+    blockers = _blockers(skipped)
+    advice = [*([error.help] if error.help else []), *([f"these stay whole: {blockers}"] if blockers else [])]
+    return TargetMissedError(error.what, where=error.where, help="; ".join(advice) or None)
+
+
+def _blockers(skipped: Sequence[SkippedGroup]) -> str:
+    """The reasons for which groups stay, the most frequent first, each with the first of its groups."""
     reasons: dict[str, list[SkippedGroup]] = {}
     for group in skipped:
         reasons.setdefault(group.reason, []).append(group)
@@ -160,14 +184,7 @@ def _nothing(skipped: Sequence[SkippedGroup]) -> GraphoptError:
         for reason, entries in ordered[:_MOST_BLOCKERS]
     ]
     lines += [f"... and {len(ordered) - _MOST_BLOCKERS} more reasons"] if len(ordered) > _MOST_BLOCKERS else []
-    by_choice = any(reason.startswith(("skip", "keep", "it has")) for reason in reasons)
-    return GraphoptError(
-        f"nothing may be pruned: {'; '.join(lines) if lines else 'the model has no channels'}",
-        where="model",
-        help="let more groups go: skip=(), a smaller keep or min_units"
-        if by_choice
-        else "`graphopt groups` shows what blocks which channels",
-    )
+    return "; ".join(lines)
 
 
 def remark_skipped(skipped: Sequence[SkippedGroup], context: Context) -> None:

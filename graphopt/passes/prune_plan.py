@@ -46,12 +46,20 @@ class GroupPlan:
         whole = all(type(unit) is int for unit in (self.units, *self.removed))
         if not whole or list(self.removed) != sorted({unit for unit in self.removed if 0 <= unit < self.units}):
             raise GraphoptError(
-                f"{list(self.removed)} are not ascending indices of {self.units!r} units", where=self.name
+                f"{_first_wrong(self.removed, self.units)}: these are not ascending indices of {self.units!r} units",
+                where=self.name,
+                help="removed units are whole numbers from 0 to one below the number of units, each once",
             )
         if self.removed and len(self.removed) >= self.units:
-            raise GraphoptError(f"nothing would be left: all {self.units} units go", where=self.name)
+            raise GraphoptError(
+                f"nothing would be left: all {self.units} units go", where=self.name, help="leave at least one unit"
+            )
         if self.boundary is not None and len(self.boundary) != 2:
-            raise GraphoptError(f"a boundary is two scores, not {self.boundary}", where=self.name)
+            raise GraphoptError(
+                f"a boundary is two scores, not {len(self.boundary)}",
+                where=self.name,
+                help="give the score of the best unit that goes and of the worst that stays, or null",
+            )
 
     @property
     def kept(self) -> int:
@@ -90,8 +98,9 @@ class PrunePlan:
         share: what is left of what the target counts.
         compensation: how the consumers take up what is gone; "none" where they do not.
         source: where inputs came from, where any were needed, and why; empty otherwise.
-        before: costs of the model at the sizes that the plan was made for.
+        before: costs of the model for one sample, at the other sizes that the plan was made for.
         after: costs of the pruned model, counted on the pruned graph.
+        notes: where less or more goes than was asked for, and why; sentences.
 
     Example:
         >>> plan = PrunePlan("", (GroupPlan("conv1", "channels", 4, (1, 2), (0.5, 0.7)),))
@@ -110,6 +119,7 @@ class PrunePlan:
     source: str = ""
     before: Costs = field(default_factory=Costs)
     after: Costs = field(default_factory=Costs)
+    notes: tuple[str, ...] = ()
 
     @property
     def selection(self) -> dict[str, tuple[int, ...]]:
@@ -165,8 +175,17 @@ class PrunePlan:
             values["groups"] = tuple(_group(one) for one in data["groups"])
             values["skipped"] = tuple(SkippedGroup(**one) for one in data["skipped"])
             values["before"], values["after"] = Costs(**data["before"]), Costs(**data["after"])
+            values["notes"] = tuple(data.get("notes", ()))
             plan = cls(**values)
-            texts = (plan.model, plan.criterion, plan.allocation, plan.target, plan.compensation, plan.source)
+            texts = (
+                plan.model,
+                plan.criterion,
+                plan.allocation,
+                plan.target,
+                plan.compensation,
+                plan.source,
+                *plan.notes,
+            )
             if not all(isinstance(text, str) for text in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError("a text is something else")
             if len({group.name for group in plan.groups}) < len(plan.groups):
@@ -185,6 +204,7 @@ class PrunePlan:
         rows = [("group", "role", "units", "kept", "goes up to", "stays from")]
         rows += [_group_row(group) for group in self.groups]
         lines += ["", *_table(rows)]
+        lines += [f"note: {note}" for note in self.notes]
         reasons = Counter(group.reason for group in self.skipped).most_common()
         first = {group.reason: group.name for group in reversed(self.skipped)}
         for reason, count in reasons[:_MOST_SKIPPED]:
@@ -210,6 +230,16 @@ def digest_of(model: ir.Model) -> str:
             for value in node.outputs:
                 value.meta.pop(BATCHNORM_STATISTICS, None)
     return model_digest(shell)
+
+
+def _first_wrong(removed: Sequence[int], units: int) -> str:
+    """Which entry of a list that may be long is the first that is no index, or no larger than the one before."""
+    last = -1
+    for place, unit in enumerate(removed):
+        if type(unit) is not int or type(units) is not int or not last < unit < units:
+            return f"entry {place} of `removed` is {unit!r}"
+        last = unit
+    return f"`units` is {units!r}"
 
 
 def _group(data: Mapping[str, Any]) -> GroupPlan:

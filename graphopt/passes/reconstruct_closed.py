@@ -38,7 +38,7 @@ def rebuild_closed(
     mean_correction: bool = True,
     context: Context,
     bits: int | None = None,
-) -> None:
+) -> int:
     """Fold what was removed into what stays, consumer by consumer in the order of the graph.
 
     Filters of a layer are those of the rebuilt model: a layer behind a rebuilt one is first brought to the inputs
@@ -58,6 +58,9 @@ def rebuild_closed(
         bits: where the weights will be rounded to so many bits, channels are rebuilt from the rounded ones, all of
             them, kept ones too. None where they stay as they are.
 
+    Returns:
+        How many operators were rebuilt.
+
     Raises:
         GraphoptError: the form is unknown, or `bits` is below 2.
         SelectionError: the selection does not fit the groups.
@@ -70,6 +73,7 @@ def rebuild_closed(
         >>> groups, selection = graphopt.channel_groups(model), {"mlp hidden of a": [1]}
         >>> smaller = graphopt.remove_channels(model, selection, groups=groups)
         >>> rebuild_closed(model, smaller, groups, selection, form=Ridge(alpha2=0.0), context=Context())
+        1
         >>> smaller.graph.initializers["b"].const_value.numpy().round(4).tolist()  # 1 + 2: the second was twice the first
         [[3.0], [1.0]]
     """  # noqa: E501
@@ -77,7 +81,7 @@ def rebuild_closed(
         raise GraphoptError(
             f"weights cannot be rounded to {bits!r} bits", help="give a whole number from 2 on, or None"
         )
-    _Rebuild(reference, damaged, groups, selection, closed_form(form), mean_correction, context, bits).run()
+    return _Rebuild(reference, damaged, groups, selection, closed_form(form), mean_correction, context, bits).run()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +129,7 @@ class _Rebuild:
         self.rebuilt: dict[ir.Node, tuple[np.ndarray, np.ndarray] | None] = {}
         self.tracer = Tracer(self.places, self.rebuilt, bits)
         self.rewriter, self.nodes = Rewriter(damaged), {node.name: node for node in damaged.graph}
+        self.stored = 0
         self._moments: dict[str, Moments] | None = None
         self._mixes: dict[tuple[str, ir.Value, int], _Mix | DeclinedError] = {}
 
@@ -135,7 +140,7 @@ class _Rebuild:
             self._moments = propagate_moments(self.reference, specs=self.context.specs, sizes=self.context.sizes)
         return self._moments
 
-    def run(self) -> None:
+    def run(self) -> int:
         for node in self.reference.graph:
             try:
                 operator = operator_at(node)
@@ -143,6 +148,7 @@ class _Rebuild:
                 continue
             if operator is not None:
                 self._consumer(operator)
+        return self.stored
 
     def _consumer(self, operator: Operator) -> None:
         """Bring one linear operator to the inputs that are left."""
@@ -181,6 +187,7 @@ class _Rebuild:
             if found is None or found.weight().shape != weight.shape:
                 raise DeclinedError("the damaged model does not hold it in the shape that was expected")
             found.store(self.rewriter, weight, layer.bias[rows])
+            self.stored += 1
         except DeclinedError as refusal:
             self.context.missed(_WHAT, refusal.why, operator.node)
 

@@ -13,6 +13,7 @@ import graphopt
 from graphopt.criteria import Knowledge, criterion
 from graphopt.criteria.lifted_gradients import split_labels
 from graphopt.errors import DataError, GraphoptError
+from graphopt.inputs.calibration import Calibration
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.session import open_session
 from tests.criteria.networks import CONVNET, RESIDUAL, convnet, graph, images, score
@@ -293,3 +294,41 @@ def test_half_precision_models_are_differentiated_in_float32() -> None:
         model.graph.register_initializer(value)
     found = score("taylor", graphopt.load(model), "w", 1, [{"x": x.astype(np.float16)}])
     np.testing.assert_allclose(found, score("taylor", graph(LINEAR, weights), "w", 1, [{"x": x}]), rtol=0.02)
+
+
+# Labelled data that does not fit ------------------------------------------------------------------------------
+
+
+def test_labelled_data_that_does_not_fit_names_the_batch() -> None:
+    model, (x, labels) = graph(CONVNET, convnet()), labelled()[0]
+    for wrong, message in (
+        ((x[:, :2], labels), "the shape is"),
+        ((np.zeros(np.shape(x), np.int64), labels), "the dtype is int64"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            score("taylor", model, "w", 0, loss=loss, data=[(x, labels), wrong])
+        assert "batch 1 of the data, input 'x'" in str(caught.value)
+    with pytest.raises(GraphoptError, match="which cannot be iterated"):
+        criterion("taylor", loss=loss, data=3)
+
+
+def test_a_loss_that_raises_is_named_with_the_batch_and_the_labels() -> None:
+    model, (x, labels) = graph(CONVNET, convnet()), labelled()[0]
+    with pytest.raises(GraphoptError, match="the loss raised TypeError") as caught:
+        score("taylor", model, "w", 0, loss=loss, data=[(x, labels), (x,)])
+    assert caught.value.where == "batch 1 of the data"
+    assert "no labels" in str(caught.value.help)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_inputs_that_torch_cannot_run_name_the_item() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[n,3] x, float[m,3] z) => (float[n,4] y) {
+        s = Add (x, z) h = MatMul (s, w) a = Relu (h) y = MatMul (a, u) }"""
+    weights, x = linear()
+    model = graph(text, weights)
+    items = [{"x": x, "z": x}, {"x": x, "z": np.concatenate([x, x])}]
+    with pytest.raises(DataError, match="torch cannot run") as caught:
+        score("taylor", model, "w", 1, Calibration(model, items))  # type: ignore[arg-type]
+    assert "calibration item 1, x: float32" in str(caught.value)
+    with pytest.raises(DataError, match="batch 1 of the inputs"):
+        score("taylor", model, "w", 1, items)

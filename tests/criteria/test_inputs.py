@@ -196,3 +196,15 @@ def test_domains_of_different_sizes_are_refused() -> None:
 def test_one_domain_is_not_two() -> None:
     with pytest.raises(DataError, match="compares two domains"):
         score("domain-similarity", graph(CONVNET, convnet()), "w", 0, images())
+
+
+def test_the_other_domain_comes_in_any_form_of_calibration() -> None:
+    model, source, target = graph(CONVNET, convnet()), images(seed=1), images(seed=9)
+    found = score("domain-similarity", model, "w", 0, source, shifted=[feeds["x"] for feeds in target])
+    np.testing.assert_array_equal(found, score("domain-similarity", model, "w", 0, source, shifted=target))
+    with pytest.raises(DataError, match="shifted item 1, input 'x'"):
+        score("domain-similarity", model, "w", 0, source, shifted=[target[0], target[0]["x"][:, :2]])
+    with pytest.raises(DataError, match="shifted is one ndarray"):
+        score("domain-similarity", model, "w", 0, source, shifted=target[0]["x"])
+    with pytest.raises(DataError, match="the shifted data is empty"):
+        score("domain-similarity", model, "w", 0, source, shifted=[])

@@ -243,10 +243,20 @@ def test_unknown_names_and_options_are_refused_with_the_way_out() -> None:
         criterion("l2", combine="median")
     with pytest.raises(GraphoptError, match="set them where the criterion is made"):
         criterion(criterion("l1"), combine="max")
-    with pytest.raises(GraphoptError, match="nobody to vote"):
+    with pytest.raises(GraphoptError, match="no criteria are given"):
         criterion("unanimous")
-    with pytest.raises(GraphoptError, match="'l1' is no criterion"):
-        criterion("unanimous", criteria=("l1",))
+    for wrong in ("l1", 3, criterion("l1")):
+        with pytest.raises(GraphoptError, match="one criterion a task"):
+            criterion("unanimous", criteria=wrong)
+    with pytest.raises(GraphoptError, match="there is no criterion 3"):
+        criterion("unanimous", criteria=["l1", 3])
+    with pytest.raises(GraphoptError, match="there is no criterion None"):
+        criterion("unanimous", criteria=[{"combine": "max"}])
+
+
+def test_unanimous_takes_names_and_tables() -> None:
+    found = criterion("unanimous", criteria=["l1", {"name": "l2", "combine": "max"}])
+    assert found == criterion("unanimous", criteria=(criterion("l1"), criterion("l2", combine="max")))
 
 
 def test_a_criterion_is_a_value() -> None:

@@ -10,6 +10,8 @@ import pytest
 from graphopt.errors import DataError
 from graphopt.inputs import calibration
 from graphopt.inputs.calibration import Calibration
+from graphopt.inputs.source import FirstSamples
+from graphopt.ir.session import open_session
 
 ONE = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] x) => (float[n, 2] y) { y = Relu(x) }')
 TWO = ir.from_onnx_text(
@@ -143,3 +145,39 @@ def test_another_batch_than_the_fixed_one_is_explained() -> None:
     )
     with pytest.raises(DataError, match="dynamic_shapes"):
         next(iter(Calibration(model, [np.zeros((16, 2), np.float32)])))
+
+
+def test_what_is_no_array_of_numbers_is_named() -> None:
+    for item, message in (([None], "but None"), ([np.array([[1, None]], object)], r"an array of objects, \[1, 2\]")):
+        with pytest.raises(DataError, match=message) as caught:
+            list(Calibration(ONE, item))
+        assert "calibration item 0, input 'x'" in str(caught.value)
+
+
+def test_an_item_without_samples_is_refused_but_an_empty_cache_is_not() -> None:
+    with pytest.raises(DataError, match=r"no sample in it: the shape is \[0, 2\]") as caught:
+        list(Calibration(ONE, [ROW, ROW[:0]]))
+    assert "calibration item 1, input 'x'" in str(caught.value)
+    assert caught.value.help
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[n, past_length] x) => (float[n, past_length] y) '
+        "{ y = Relu(x) }"
+    )
+    assert next(iter(Calibration(model, [ROW[:, :0]])))["x"].shape == (3, 0)
+
+
+def test_the_item_that_onnxruntime_cannot_run_is_named() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[n, 2] a, int64[m] b) => (float[n, 2] y) '
+        "<float[3, 2] table = {1, 2, 3, 4, 5, 6}> { e = Gather(table, b) y = Add(a, e) }"
+    )
+    session = open_session(model, optimized=False)
+    good = (ROW, np.zeros(3, np.int64))
+    for wrong in ((ROW, np.zeros(2, np.int64)), (ROW, np.full(3, 7, np.int64))):
+        for samples in (6, 5):  # whole items, and a last one that is cut
+            batches = FirstSamples(model, Calibration(model, [good, wrong]), samples)
+            with pytest.raises(DataError, match="onnxruntime cannot run") as caught:
+                list(map(session.run_feeds, batches))
+            assert "calibration item 1, a: float32" in str(caught.value)
+            assert "leave the item out" in str(caught.value.help)
+            assert "--input" not in str(caught.value.help)

@@ -7,7 +7,15 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import DataError
-from graphopt.inputs.probes import InputSpec, candidate_sizes, probe_feeds, runnable_sizes, symbolic_sizes
+from graphopt.inputs.probes import (
+    KINDS,
+    InputSpec,
+    candidate_sizes,
+    check_specs,
+    probe_feeds,
+    runnable_sizes,
+    symbolic_sizes,
+)
 from graphopt.inputs.spectra import natural_images, pink_images, pink_noise
 from graphopt.ir.session import open_session
 
@@ -219,3 +227,60 @@ def test_a_model_that_refuses_every_size_says_so() -> None:
 def test_strings_are_refused() -> None:
     with pytest.raises(DataError, match="cannot be made up"):
         probe_feeds(model("string[2] x", outputs="string[2] y"))
+
+
+# What is stated and cannot be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["mean", "std", "low", "high"])
+@pytest.mark.parametrize("number", [[0.4, 0.4, 0.4], "a", np.zeros(3), True])
+def test_what_is_stated_is_one_number(field: str, number: object) -> None:
+    with pytest.raises(DataError, match=f"`{field}` of an input is .* must be one number") as caught:
+        InputSpec(**{field: number})  # type: ignore[arg-type]
+    assert caught.value.help
+    InputSpec(**{field: np.float32(0.5)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("declared", "fitting"),
+    [
+        ("int64[n, 16]", {"tokens", "integer", "mask"}),
+        ("bool[n, 16]", {"mask"}),
+        ("float[n, 13]", {"audio", "gaussian", "mask"}),
+        ("float[n, c, 2, 2]", {"audio", "gaussian", "mask"}),
+        ("float[n, 3, h, w]", {"image", "audio", "gaussian", "mask"}),
+        ("float[n, h, w, 3]", {"image", "audio", "gaussian", "mask"}),
+        ("float[c, h, w]", {"image", "audio", "gaussian", "mask"}),
+        ("float[n, 3, t, 16, 16]", {"image", "audio", "gaussian", "mask"}),
+        ("float", {"gaussian", "mask"}),
+    ],
+)
+def test_kinds_that_cannot_be_are_refused(declared: str, fitting: set[str]) -> None:
+    kind = declared.partition("[")[0]
+    operator = "Not" if kind == "bool" else "Identity"
+    made = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["": 21]> g ({declared} x) => ({declared} y) {{ y = {operator}(x) }}'
+    )
+    for kind in KINDS:
+        if kind in fitting:
+            check_specs(made, {"x": InputSpec(kind=kind)})
+            continue
+        with pytest.raises(DataError, match=f"'x' is said to be of kind '{kind}'") as caught:
+            check_specs(made, {"x": InputSpec(kind=kind)})
+        assert all(other in str(caught.value.help) for other in fitting)
+
+
+def test_ids_beyond_the_table_are_refused() -> None:
+    made = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> g (int64[n, 4] x) => (float[n, 4, 1] y) '
+        "<float[3, 1] table = {1, 2, 3}> { y = Gather(table, x) }"
+    )
+    for spec, message in (
+        (InputSpec(kind="tokens", low=0, high=1000), "`high` is 1000, but the table .* has 3 rows"),
+        (InputSpec(high=3), "`high` is 3,"),
+        (InputSpec(low=-4), "`low` is -4,"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            check_specs(made, {"x": spec})
+        assert "from 0 to 2" in str(caught.value.help)
+    check_specs(made, {"x": InputSpec(kind="tokens", low=0, high=2)})

@@ -103,6 +103,25 @@ def test_without_an_origin_it_says_so() -> None:
     assert "no pass before" in context.remarks[0].why
 
 
+@pytest.mark.parametrize("form", ["mean", "ridge", "moments"])
+def test_closed_forms_say_how_many_operators_they_rebuilt(form: str) -> None:
+    context, small = Context(), pruned(convolutional(), [1, 2])
+    before = {name: value.const_value for name, value in small.graph.initializers.items()}
+    done = FoldReconstruction(form=form).rebuild(small, context)
+    readers = [
+        node
+        for node in small.graph
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and any(
+            value and value.is_initializer() and before.get(value.name or "") is not value.const_value
+            for value in node.inputs
+        )
+    ]
+    assert done.count == len(readers) > 0
+    assert f"{done.count} operators by {form}, no inputs needed" in [remark.why for remark in context.remarks]
+    assert f"{form}, {done.count} operators" in str(done)
+
+
 @pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "HardSwish", "Gelu", "LeakyRelu", "Clip6", "SiLU"])
 def test_each_step_brings_the_output_nearer(activation: str) -> None:
     written = {

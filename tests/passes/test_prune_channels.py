@@ -16,6 +16,8 @@ import pytest
 import graphopt
 from graphopt.criteria import Criterion, Knowledge
 from graphopt.errors import DataError, GraphoptError, RecipeError, SelectionError, TargetMissedError
+from graphopt.inputs.batches import batch_dimensions, resized
+from graphopt.inputs.probes import symbolic_sizes
 from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.check import check_structure
 from graphopt.ir.cost import cost
@@ -25,7 +27,7 @@ from graphopt.ir.text import print_graph
 from graphopt.passes import Context, FoldBatchnorm, PruneChannels
 from graphopt.passes.prune_plan import GroupPlan, PrunePlan, digest_of
 from graphopt.recipe import read_recipe, resolve
-from graphopt.search import GlobalRanking, Sensitivity
+from graphopt.search import CostModel, GlobalRanking, Sensitivity
 from tests.laws.channel_law import TOLERANCE, difference, run
 from tests.laws.test_channels import UNABLE, is_quantized
 from tests.passes.golden import docstring_blocks, parse
@@ -88,7 +90,8 @@ def test_cut_equals_masked(name: str) -> None:
     kind.apply(pruned, plan)
     check_structure(pruned)
     assert cost(pruned).parameters < cost(model).parameters
-    assert (cost(pruned).macs, cost(pruned).parameters) == (plan.after.macs, plan.after.params)
+    counted = cost(pruned, resized(model, symbolic_sizes(model), 1))
+    assert (counted.macs, counted.parameters) == (plan.after.macs, plan.after.params)
     feeds = zoo_feeds(model)
     assert difference(run(masked, feeds), run(pruned, feeds, optimized=not is_quantized(model))) <= TOLERANCE
     assert [(v.name, str(v.shape), v.dtype) for v in (*pruned.graph.inputs, *pruned.graph.outputs)] == [
@@ -186,7 +189,10 @@ def test_a_plan_prints_what_it_does() -> None:
         lambda data: data["groups"][0].update(removed=[99]),
         lambda data: data["groups"][0].update(removed=["1"]),
         lambda data: data["groups"][0].update(removed=list(range(data["groups"][0]["units"]))),
+        lambda data: data["groups"][0].update(removed=[*range(500), 7], units=1000),
         lambda data: data["groups"][0].update(boundary=[1.0]),
+        lambda data: data["groups"][0].update(boundary=[0.5] * 300),
+        lambda data: data.update(notes=[3]),
         lambda data: data["groups"][0].update(boundary=["low", "high"]),
         lambda data: data["groups"].append(data["groups"][0]),
         lambda data: data["before"].update(joules=1),
@@ -196,8 +202,10 @@ def test_a_plan_prints_what_it_does() -> None:
 def test_damaged_plans_are_refused(change: Any) -> None:
     data = json.loads(json.dumps(PruneChannels(ratio=0.3).plan(conv_net()).to_json()))
     change(data)
-    with pytest.raises(GraphoptError):
+    with pytest.raises(GraphoptError) as caught:
         PrunePlan.from_json(data)
+    assert caught.value.help
+    assert len(str(caught.value)) < 300
     with pytest.raises(GraphoptError, match="not a pruning plan"):
         PrunePlan.from_json([])  # type: ignore[arg-type]
 
@@ -228,6 +236,29 @@ def test_widths_are_rounded_for_the_kernels_unless_asked_not_to() -> None:
     assert [group.kept for group in PruneChannels(ratio=0.3).plan(model).groups] == [12, 24, 48, 64]
     assert [group.kept for group in PruneChannels(ratio=0.3, round_to=1).plan(model).groups] == [11, 22, 45, 70]
     assert [group.kept for group in PruneChannels(ratio=0.3, round_to=10).plan(model).groups] == [10, 20, 40, 70]
+
+
+def test_a_ratio_that_the_widths_do_not_allow_is_noted() -> None:
+    context = Context()
+    plan = PruneChannels(ratio=0.3).plan(conv_net((3, 16, 8)), context)
+    (note,) = plan.notes
+    assert note.startswith("0.25 of the units go, 0.3 were asked for")
+    assert note in [remark.why for remark in context.remarks]
+    assert note in str(plan)
+    assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert PruneChannels(ratio=0.5).plan(conv_net((3, 16, 8))).notes == ()
+    plan = PruneChannels(macs=0.6, round_to=8).plan(conv_net((3, 16, 16, 8)))
+    assert "come no nearer to 0.600" in str(plan)
+
+
+@pytest.mark.parametrize("name", PRUNED_IN_FAST_TESTS)
+@pytest.mark.torch
+def test_a_plan_counts_one_sample_whatever_the_batch(name: str) -> None:
+    model = zoo_model(name)
+    batched = dict.fromkeys(batch_dimensions(model), 6)
+    plans = [PruneChannels().plan(model, Context(sizes=sizes)) for sizes in ({}, batched)]
+    ones = {**symbolic_sizes(model), **dict.fromkeys(batched, 1)}
+    assert plans[0].before == plans[1].before == CostModel(model, channel_groups(model), ones).whole
 
 
 def test_default_is_three_tenths() -> None:
@@ -348,7 +379,8 @@ def test_statistics_of_batchnorm_are_cut_along() -> None:
         ({"ratio": 1.0}, "ratio is 1.0"),
         ({"ratio": -0.1}, "ratio is -0.1"),
         ({"ratio": float("nan")}, "ratio is nan"),
-        ({"ratio": "0.5"}, "must be a number"),
+        ({"ratio": "0.5"}, "must be a number[^$]*help: write it without quotes"),
+        ({"source": "calib"}, "unknown source 'calib'[^$]*help: one of auto, calibration"),
         ({"ratio": True}, "must be a number"),
         ({"macs": 0.0}, "target of 0.0"),
         ({"params": 1.5}, "target of 1.5"),
@@ -358,12 +390,12 @@ def test_statistics_of_batchnorm_are_cut_along() -> None:
         ({"allocation": {"normalise": "max"}}, "without a name"),
         ({"criterion": {"name": "l2", "colour": 1}}, "no option 'colour'"),
         ({"round_to": 0}, "round_to is 0"),
-        ({"min_units": 0}, "min_units is 0"),
+        ({"min_units": 0}, "min_units is 0[^$]*help: 1 is the default"),
         ({"min_units": 1.5}, "min_units is 1.5"),
         ({"keep": "head"}, "one string"),
         ({"skip": "heads"}, "one string"),
         ({"skip": ("residual streams",)}, "did you mean 'residual stream'"),
-        ({"keep": (3,)}, "must be a list of patterns"),
+        ({"keep": (3,)}, "must be a list of patterns[^$]*help: each is a text"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -393,6 +425,28 @@ def test_streams_alone_are_not_pruned_by_default_and_the_error_says_how() -> Non
 def test_a_missed_target_is_an_error() -> None:
     with pytest.raises(TargetMissedError, match="is left with all gone that may go"):
         PruneChannels(macs=0.001).plan(conv_net())
+
+
+def test_a_missed_target_names_the_groups_in_the_way() -> None:
+    with pytest.raises(TargetMissedError) as caught:
+        PruneChannels(macs=0.001, keep=("w0",)).plan(conv_net())
+    assert "these stay whole: " in (caught.value.help or "")
+    assert "keep has 'w0'" in (caught.value.help or "")
+    assert "graph output 'y'" in (caught.value.help or "")
+
+
+def test_compensation_from_calibration_needs_some_before_anything_changes() -> None:
+    step, model = PruneChannels(source="calibration", compensation="least-squares"), conv_net()
+    with pytest.raises(DataError, match="there is none for the compensation"):
+        step.plan(model)
+    feeds = [{"x": np.ones((4, 3, 8, 8), np.float32)}]
+    plan, before = step.plan(model, Context(calibration=feeds)), digest_of(model)
+    with pytest.raises(DataError, match="there is none for the compensation"):
+        step.apply(model, plan)
+    assert digest_of(model) == before
+    step.apply(model, plan, Context(calibration=feeds))
+    assert digest_of(model) != before
+    PruneChannels(source="calibration").plan(conv_net())  # ranks by weights alone
 
 
 def test_criteria_that_need_data_say_so() -> None:

@@ -58,6 +58,13 @@ def test_heads_count_as_the_coordinates_that_they_own() -> None:
     assert unit_step(groups["mlp hidden"]) == 16
 
 
+@pytest.mark.torch
+def test_gates_do_not_coarsen_the_steps_of_hidden_units() -> None:
+    (group,) = [group for group in channel_groups(zoo_model("gru")) if group.role == "hidden units"]
+    assert group.prunable
+    assert unit_step(group) == step_of(group.units) == 4
+
+
 @pytest.mark.parametrize("wrong", [0, -4, True, 2.5, "16"])
 def test_wrong_round_to(wrong: object) -> None:
     (group, *_) = [group for group in channel_groups(conv_net()) if group.prunable]
