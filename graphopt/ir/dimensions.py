@@ -147,3 +147,9 @@ def concrete_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
         name = dimension_name(value, axis)
         shape.append(int(dimension) if name is None else sizes.get(name, DEFAULT_SIZE))  # type: ignore[arg-type]
     return tuple(shape)
+
+
+def known_sizes(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Those of `sizes` that are dimensions of the model, by name; None where none is."""
+    names = symbolic_dimensions(model)
+    return {name: size for name, size in sizes.items() if name in names} or None

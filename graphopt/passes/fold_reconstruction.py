@@ -16,7 +16,7 @@ from graphopt.inputs.rebatch import rebatched
 from graphopt.inputs.source import SOURCES, FirstSamples
 from graphopt.ir.channels import channel_groups
 from graphopt.ir.cost import cost
-from graphopt.ir.dimensions import symbolic_dimensions
+from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import Origin, origin_of
 from graphopt.passes.contract import Context, Pass, Semantics
 from graphopt.passes.reconstruct_closed import FORMS as CLOSED_FORMS
@@ -83,7 +83,7 @@ class FoldReconstruction(Pass):
     through BatchNormalization, and through the addition of a residual branch, whose error is taken up too; where a
     Relu follows, only what it lets through counts. Then the operator that made the pruned channels is solved again,
     so that the channels that are left become those that serve best (`graphopt.passes.reconstruct_refit`). Nothing is
-    added to the graph, no gradient and no label is used.
+    added to the graph but a bias where a MatMul had none; no gradient and no label is used.
 
     The inputs are the user's calibration data, or made up (`source`). What the model was before is remembered by the
     pass that damaged it, so this one works in the same run, behind `prune-channels` or `quantize`.
@@ -191,7 +191,7 @@ class FoldReconstruction(Pass):
         count = rebuild_closed(
             origin.model,
             model,
-            channel_groups(origin.model, sizes=_known_sizes(origin.model, context.sizes)),
+            channel_groups(origin.model, sizes=known_sizes(origin.model, context.sizes)),
             origin.selection,
             form=form,
             mean_correction=self.mean_correction,
@@ -207,7 +207,3 @@ def _macs_of_one(model: ir.Model, sizes: Mapping[str, int]) -> int:
     feeds = probe_feeds(model, sizes=known)[0]
     samples = SampleCounter(model)({name: array.shape for name, array in feeds.items()})
     return cost(model, known).macs // samples
-
-
-def _known_sizes(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, int] | None:
-    return {name: size for name, size in sizes.items() if name in symbolic_dimensions(model)} or None

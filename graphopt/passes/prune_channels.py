@@ -16,7 +16,7 @@ from graphopt.inputs.batches import resized
 from graphopt.inputs.probes import symbolic_sizes
 from graphopt.inputs.source import SOURCES
 from graphopt.ir.channels import channel_groups
-from graphopt.ir.dimensions import symbolic_dimensions
+from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.passes.contract import Context, Pass, Remark, Semantics
 from graphopt.passes.fold_reconstruction import LEAST_SQUARES, RECONSTRUCTIONS, FoldReconstruction
@@ -180,7 +180,7 @@ class PruneChannels(Pass):
         """
         context = context or Context()
         self._check_source(context, self.compensation)
-        groups = channel_groups(model, sizes=_known_sizes(model, context))
+        groups = channel_groups(model, sizes=known_sizes(model, context.sizes))
         chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
         remark_skipped(skipped, context)
         feeds = _Feeds(model, context, self.source)
@@ -193,7 +193,7 @@ class PruneChannels(Pass):
             Candidate(group, scores[group.name], step=unit_step(group, self.round_to), least=self.min_units)
             for group in chosen
         )
-        sizes = resized(model, {**symbolic_sizes(model), **(_known_sizes(model, context) or {})}, 1)
+        sizes = resized(model, {**symbolic_sizes(model), **(known_sizes(model, context.sizes) or {})}, 1)
         costs = CostModel(model, groups, sizes)
         problem = Problem(model, groups, candidates, self.target, costs, lambda: feeds, max(context.threads, 0))
         try:
@@ -267,17 +267,12 @@ class PruneChannels(Pass):
             return
         origin = remember_origin(model)
         before = model.clone()
-        groups = channel_groups(before, sizes=_known_sizes(before, context))
+        groups = channel_groups(before, sizes=known_sizes(before, context.sizes))
         pruned = plan.pruned(before, groups)
         set_origin(pruned, origin.without(groups, plan.selection))
         model.graph = pruned.graph
         if plan.compensation != "none":
             FoldReconstruction(form=plan.compensation, source=self.source).rewrite(model, context)
-
-
-def _known_sizes(model: ir.Model, context: Context) -> dict[str, int] | None:
-    """The sizes of the model's own dimensions that are given."""
-    return {name: size for name, size in context.sizes.items() if name in symbolic_dimensions(model)} or None
 
 
 def _from_table(option: str, table: Mapping[str, Any]) -> Criterion | Allocation:
