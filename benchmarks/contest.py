@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from graphopt.export.benchmark import Benchmark, Speed, interleave
 from graphopt.inputs.probes import probe_feeds
 from graphopt.ir.compare import compare_outputs
 from graphopt.ir.load import read
 from graphopt.ir.session import Session, providers, session_options
+from graphopt.ir.timing import Benchmark, Speed, interleave
 
 BEYOND_NOISE = 1.03
 """A rival is faster only from this ratio on, and where three quarters of the rounds of every opening agree."""

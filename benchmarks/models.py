@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import platformdirs
 
+from benchmarks import vision
+
 CACHE = Path(platformdirs.user_cache_dir("graphopt")) / "benchmarks"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -158,6 +160,14 @@ def cifar_resnet(depth: int) -> Any:
     return network.eval()
 
 
+def _vision(name: str, side: int, *, has_logits: bool = False) -> Callable[[], tuple[Any, dict[str, Any]]]:
+    def build() -> tuple[Any, dict[str, Any]]:
+        module = getattr(vision, name)()
+        return (_logits(module) if has_logits else module), _image(side)
+
+    return build
+
+
 def _cifar(depth: int) -> Callable[[], tuple[Any, dict[str, Any]]]:
     return lambda: (cifar_resnet(depth), _image(32))
 
@@ -194,6 +204,11 @@ NETWORKS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "mobilenetv2": mobilenetv2,
     "vit-s": vit_s,
     "bert-base": bert_base,
+    "mobilenetv3": _vision("mobilenetv3_large", 224),
+    "efficientnet": _vision("efficientnet_b0", 224, has_logits=True),
+    "convnext": _vision("convnext_tiny", 224, has_logits=True),
+    "swin": _vision("swin_tiny", 224, has_logits=True),
+    "edsr": _vision("edsr", 64),
     "resnet20": _cifar(20),
     "resnet56": _cifar(56),
 }

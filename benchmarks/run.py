@@ -22,7 +22,7 @@ from benchmarks.models import DATA
 from benchmarks.results import FOLDER, PARTIAL_FOLDER, show_goals, stopwatch
 
 BENCHMARKS = (
-    *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift"),
+    *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift", "weights"),
     *(("accuracy", "training", "datafree") if DATA.exists() else ()),
 )
 STUDIES = ("forms", "split_parallel")

@@ -18,7 +18,7 @@ from graphopt.errors import (
     TrainingError,
     WriteError,
 )
-from graphopt.export.benchmark import Benchmark, benchmark
+from graphopt.export.benchmark import benchmark
 from graphopt.export.group_graph import group_graph
 from graphopt.export.groups import GroupsReport, describe_groups
 from graphopt.export.report import Report, Step
@@ -31,11 +31,13 @@ from graphopt.ir.diff import GraphDiff, diff
 from graphopt.ir.lift import lift, lower
 from graphopt.ir.load import load
 from graphopt.ir.removal import mask_channels, remove_channels
+from graphopt.ir.timing import Benchmark
 from graphopt.ir.trace import trace
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, Remark, Semantics
 from graphopt.recipe import Recipe
 from graphopt.recover import Recovery, recover
+from graphopt.train_quantized import fake_quantize
 
 __version__ = "0.1.0"
 
@@ -72,6 +74,7 @@ __all__ = [
     "compare",
     "describe_groups",
     "diff",
+    "fake_quantize",
     "group_graph",
     "lift",
     "load",

@@ -159,6 +159,43 @@ def plan(
 
 
 @application.command()
+def diagnose(
+    model: ModelPath,
+    recipe: Annotated[str, typer.Option(help="int8, another recipe that quantizes, or a TOML file")] = "int8",
+    settings: Settings = None,
+    inputs: Inputs = None,
+    calibration: CalibrationPath = None,
+    specs: Specs = None,
+    target: Target = "cpu",
+    threads: Threads = 1,
+    samples: Annotated[int, typer.Option(help="on how many samples the nets are compared", min=1)] = 32,
+    measure: Annotated[str, typer.Option(help="how outputs are compared: rms, or kl for class logits")] = "rms",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|.png|.pdf", help="draw it there")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where quantization loses: each operator quantized alone, each tensor's noise, the worst first."""
+    from graphopt.export.write import check_target
+    from graphopt.planning import diagnose_recipe
+
+    if plot is not None:
+        check_target(plot)
+    found = diagnose_recipe(
+        model,
+        None if inputs is None else _arrays(inputs),
+        recipe=_recipe(recipe, settings),
+        calibration=None if calibration is None else _calibration(calibration),
+        specs=_specs(specs),
+        target=target,
+        threads=threads,
+        samples=samples,
+        measure=measure,
+    )
+    if plot is not None:
+        found.plot(plot)
+    _show(found, as_json)
+
+
+@application.command()
 def inspect(model: ModelPath, inputs: Inputs = None, as_json: AsJson = False) -> None:
     """Show inputs, outputs, opset, operators with counts and MACs, largest weights, dynamic dimensions."""
     from graphopt.export.inspect import inspect as run

@@ -119,8 +119,8 @@ def optimize(
         args: example inputs. For torch as for `torch.export.export`; for ONNX one array, a tuple of arrays in the
             order of the model's inputs, or a dict by input name. ONNX models need none: probes are made up.
         kwargs: example keyword inputs of a module; for ONNX, arrays by input name.
-        recipe: "default", "exact", "int8", "prune" or "prune-int8", the path of a TOML file, a `Recipe`, or a list of
-            passes.
+        recipe: "default", "exact", "int8", "prune", "prune-int8", "int8-qat" or another of
+            `graphopt.recipe.PRESETS`, the path of a TOML file, a `Recipe`, or a list of passes.
         target: "cpu" or "cuda", where the result is to run.
         dynamic_shapes: for a module, as for `torch.export.export`.
         calibration: iterable of inputs (arrays, tuples or dicts) for quantization and reconstruction; None works

@@ -13,13 +13,13 @@ import onnx_ir as ir
 import onnxruntime
 
 from graphopt.errors import DataError, GraphoptError
-from graphopt.export.benchmark import Benchmark, interleave
 from graphopt.export.report import APPLIED, BUDGET, DEFECT, ROLLED_BACK, SPEED, UNCHANGED, Size, Step
 from graphopt.ir.check import check_structure
 from graphopt.ir.compare import Comparison, compare_runs, exact_tolerance
 from graphopt.ir.cost import cost
 from graphopt.ir.session import Session, open_session
-from graphopt.passes.contract import Context, Pass, Remark, Semantics
+from graphopt.ir.timing import Benchmark, interleave
+from graphopt.passes.contract import Context, Evidence, Pass, Remark, Semantics, Verdict
 
 Evaluate = Callable[[onnxruntime.InferenceSession], float]
 """The user's metric of a session, higher is better."""
@@ -43,6 +43,27 @@ class Budget:
     evaluate: Evaluate | None = None
     max_drop: float | None = None
     tolerance: float | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything is asked of lossy passes."""
+        return self.evaluate is not None or self.tolerance is not None
+
+    def allowed_drop(self, metric: float) -> float:
+        """How much may be lost of a metric that the original has."""
+        return abs(metric) * _DEFAULT_DROP if self.max_drop is None else self.max_drop
+
+    def in_words(self, metric: float | None) -> str:
+        """The limits in one clause, given the metric of the original.
+
+        Example:
+            >>> Budget(tolerance=0.02).in_words(None)
+            'tolerance 0.02'
+        """
+        limits = [] if self.tolerance is None else [f"tolerance {self.tolerance:.2g}"]
+        if metric is not None:
+            limits.append(f"metric at least {metric - self.allowed_drop(metric):.4g}")
+        return ", ".join(limits)
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,24 @@ class Guard:
             self._anchor, self._anchor_error, self._is_lossy = outputs, self._compare(outputs).error, True
         return step
 
+    def verdict(self, candidate: ir.Model) -> Verdict:
+        """What `judge` will say of the outputs and the metric of a lossy candidate; time is not taken, nothing is kept.
+
+        A pass asks it, through `Context.judge`, to try several graphs and to leave one that is within the budget.
+        """
+        budget = self.budget.in_words(self._metric)
+        try:
+            session = self._open(candidate)
+            outputs = [session.run_feeds(feeds) for feeds in self.feeds[: self.counted]]
+        except GraphoptError as error:
+            return Verdict(False, math.inf, reason=error.what, budget=budget)
+        comparison = self._compare(outputs)
+        reason, metric = self._numbers_reason(comparison, outputs, Semantics.LOSSY), None
+        if reason is None and self.budget.evaluate is not None:
+            metric = measure_metric(self.budget.evaluate, session)
+            reason = self._metric_reason(metric)
+        return Verdict(reason is None, comparison.rms_error, metric, reason or "", budget)
+
     def final(self) -> Final:
         """Time the original and the best graph in turns once more, compare their outputs and evaluate both."""
         assert self._best is not None
@@ -219,8 +258,7 @@ class Guard:
 
     def _metric_reason(self, metric: float) -> str | None:
         assert self._metric is not None
-        allowed = self.budget.max_drop
-        allowed = abs(self._metric) * _DEFAULT_DROP if allowed is None else allowed
+        allowed = self.budget.allowed_drop(self._metric)
         drop = self._metric - metric
         if drop > allowed:
             return f"metric fell by {drop:.3g} ({self._metric:.4g} -> {metric:.4g}), allowed {allowed:.3g}"
@@ -268,6 +306,7 @@ def run_recipe(
             records as remarks instead.
     """
     steps = [guard.first_step()]
+    context.judge = guard.verdict if guard.budget.is_limited else None
     start = time.perf_counter()
     first = guard.judge("(canonical)", canonical, Semantics.EXACT, must_keep=True)
     steps.append(replace(first, seconds=time.perf_counter() - start))
@@ -299,13 +338,14 @@ def _run_passes(
             size = size_of(best, context.sizes)
             step = Step(single.name, ROLLED_BACK, size, reason=_defect(single, error), cause=DEFECT)
             remarks: tuple[Remark, ...] = ()
+            evidence: Mapping[str, Evidence] = {}
         else:
-            remarks = result.remarks
+            remarks, evidence = result.remarks, result.evidence
             if result.modified:
                 step = guard.judge(single.name, candidate, single.semantics)
             else:
                 step = Step(single.name, UNCHANGED, size_of(best, context.sizes))
-        step = replace(step, seconds=time.perf_counter() - start, remarks=remarks)
+        step = replace(step, seconds=time.perf_counter() - start, remarks=remarks, evidence=evidence)
         if step.status == APPLIED:
             _record_changes(history, best, candidate, single.name)
             best = candidate

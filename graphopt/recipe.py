@@ -13,12 +13,15 @@ from typing import Any
 
 from graphopt.errors import GraphoptError, RecipeError
 from graphopt.passes import ALL_PASSES, Pass
+from graphopt.train_quantized import TrainQuantized
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+PASSES: dict[str, type[Pass]] = {**ALL_PASSES, TrainQuantized.name: TrainQuantized}
+"""Every pass that a recipe may name: those of `graphopt.passes`, and those that stand on several rooms (ADR 0011)."""
 _FIRST: tuple[str, ...] = ("eliminate-identity", "fold-constants")
 _EXACT: tuple[str, ...] = (
     "fuse-attention",
@@ -37,11 +40,24 @@ _LAST: tuple[str, ...] = ("merge-initializers",)
 _LOSSY: dict[str, tuple[bool, tuple[str, ...]]] = {
     "exact": (False, ()),
     "int8": (False, ("quantize",)),
+    "int8-qat": (False, ("train-quantized",)),
+    "int4-qat": (False, ("train-quantized",)),
+    "int4-weights": (False, ("quantize",)),
     "default": (False, ("quantize",)),
+    "fp16": (False, ("convert-float",)),
     "prune": (True, ()),
     "prune-int8": (True, ("quantize", "fold-reconstruction")),
 }
 """For each preset whether it prunes, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and `_LAST`."""
+_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "int4-qat": {"train-quantized": {"weight_bits": 4}},
+    "int4-weights": {"fold-constants": {"growth": 0.0}, "quantize": {"form": "weights", "weight_bits": 4}},
+}
+"""Options of the passes of a preset that are not the defaults."""
+_LEFT_OUT: dict[str, frozenset[str]] = {
+    "int4-weights": frozenset({"fold-batchnorm", "fold-affine", "merge-branches", "merge-linear"})
+}
+"""Passes of `_EXACT` that a preset does without: these compute new weights, which would no longer lie in their file."""
 _TOLERANCES = {"default": 0.1}
 PRESETS = tuple(sorted(_LOSSY))
 """Names of the recipes of the house."""
@@ -109,6 +125,9 @@ def preset(name: str) -> Recipe:
     that keeps a lossy pass only where its outputs stay near the original (or the user's metric does). `prune` removes
     30 % of the units of every group and rebuilds what they did, before the exact passes, which would hide
     BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and rebuilds what rounding did.
+    `int8-qat` trains in the form of `int8` before it is written, `int4-qat` with weights of 4 bits.
+    `int4-weights` stores weights as 4-bit integers and computes in floats; only passes that leave weights in their file
+    come before.
 
     Example:
         >>> smaller = preset("prune").with_options("prune-channels", macs=0.6)
@@ -119,7 +138,11 @@ def preset(name: str) -> Recipe:
         raise RecipeError(f"unknown recipe {name!r}", help=_suggest(name, PRESETS, "recipes"))
     prunes, lossy = _LOSSY[name]
     pruning = [build_pass("prune-channels", {"compensation": "least-squares"})] if prunes else []
-    first, rest = ([build_pass(entry) for entry in names] for names in (_FIRST, (*_EXACT, *lossy, *_LAST)))
+    options = _OPTIONS.get(name, {})
+    first, rest = (
+        [build_pass(entry, options.get(entry)) for entry in names if entry not in _LEFT_OUT.get(name, ())]
+        for names in (_FIRST, (*_EXACT, *lossy, *_LAST))
+    )
     return Recipe(name, (*first, *pruning, *rest), _TOLERANCES.get(name))
 
 
@@ -207,9 +230,9 @@ def read_value(text: str) -> Any:
 
 def build_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     """The pass of that name with these options. Raises `RecipeError` for an unknown name, option or bad value."""
-    kind = ALL_PASSES.get(name)
+    kind = PASSES.get(name)
     if kind is None:
-        raise RecipeError(f"unknown pass {name!r}", help=_suggest(name, tuple(ALL_PASSES), "passes"))
+        raise RecipeError(f"unknown pass {name!r}", help=_suggest(name, tuple(PASSES), "passes"))
     return _made(kind, name, options or {})
 
 

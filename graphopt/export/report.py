@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.export.benchmark import Benchmark, Latency
 from graphopt.ir.compare import Comparison
-from graphopt.passes.contract import Remark
+from graphopt.ir.timing import Benchmark, Latency
+from graphopt.passes.contract import Evidence, Remark
 
 APPLIED, UNCHANGED, ROLLED_BACK = "applied", "unchanged", "rolled back"
 DEFECT, BUDGET, SPEED = "defect", "budget", "speed"
@@ -61,6 +61,7 @@ class Step:
         metric: the user's metric, None where it was not evaluated.
         seconds: wall-clock time of the pass and its checks.
         remarks: what the pass declined and noted.
+        evidence: what the pass measured, by name: what a search tried, a diagnosis.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Step:
     metric: float | None = None
     seconds: float = 0.0
     remarks: tuple[Remark, ...] = ()
+    evidence: Mapping[str, Evidence] = field(default_factory=dict[str, Evidence])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -89,6 +91,7 @@ class Step:
             "metric": self.metric,
             "seconds": self.seconds,
             "remarks": [vars(remark) for remark in self.remarks],
+            "evidence": {name: found.to_json() for name, found in self.evidence.items()},
         }
 
 
@@ -223,6 +226,8 @@ class Report:
         for step in self.steps:
             if step.status == ROLLED_BACK:
                 lines.append((f"   {step.name} rolled back: {step.reason}", "yellow"))
+            for found in step.evidence.values():
+                lines += [(f"   {line}", "") for line in found.summary()]
         if self.final is not None:
             first, last = self.steps[0], self._last_kept()
             speed = self.final.speeds[-1]

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from graphopt.errors import WriteError
@@ -18,12 +19,16 @@ _LARGEST_PROTO = 2**31 - 2**20
 """Bytes that one protobuf file can hold, with a margin for the nodes."""
 _STAYS_INSIDE = 1024
 """Weights up to this many bytes stay in the .onnx file even when the others move to a data file."""
+_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+_RAW_DATA = onnx.TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> Path:
     """Write a model to an .onnx file; what was at the path before stays until the new file is complete.
 
-    Models whose weights exceed 2 GiB get them written beside it, to `<name>.data`.
+    Models whose weights exceed 2 GiB get them written beside it, to `<name>.data`. One weight is in memory at a time
+    besides those that the model holds there.
 
     Returns:
         The path that was written.
@@ -99,8 +104,79 @@ def weight_bytes(model: ir.Model) -> int:
 
 def _write(model: ir.Model, path: Path) -> None:
     if weight_bytes(model) < _LARGEST_PROTO:
-        whole = model.clone()
-        ir.external_data.load_to_model(whole)
-        path.write_bytes(ir.to_proto(whole).SerializeToString())
+        _write_whole(model, path)
         return
     ir.save(model.clone(), path, external_data=f"{path.name}.data", size_threshold_bytes=_STAYS_INSIDE)
+
+
+def _write_whole(model: ir.Model, path: Path) -> None:
+    """Write one protobuf file with its weights inside, one weight in memory at a time.
+
+    Serializing the message as a whole would hold all weights three times. So all but the large weights of the main
+    graph is serialized, and those are appended to the graph where protobuf has them: a field may stand anywhere.
+    """
+    shell = model.clone()
+    large: dict[str, ir.TensorProtocol] = {}
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes > _STAYS_INSIDE:
+            large[name], value.const_value = tensor, None
+    ir.external_data.load_to_model(shell)
+    for name, tensor in large.items():
+        shell.graph.initializers[name].const_value = _absent(name, tensor)
+    proto = ir.to_proto(shell)
+    initializers = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(one for one in initializers if one.name not in large)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = [_head(one, large[one.name]) for one in initializers if one.name in large]
+    bodies = [_field(_RAW_DATA, tensor.nbytes) for tensor in large.values()]
+    length = len(graph) + sum(
+        len(head) + len(body) + tensor.nbytes for head, body, tensor in zip(heads, bodies, large.values(), strict=True)
+    )
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.write(_field(_GRAPH, length))
+        file.write(graph)
+        for head, body, tensor in zip(heads, bodies, large.values(), strict=True):
+            file.write(head)
+            file.write(body)
+            file.write(tensor.tobytes())
+
+
+def _absent(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    """All that is said of a tensor but its data."""
+    return ir.ExternalTensor(
+        "absent",
+        0,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
+def _head(proto: onnx.TensorProto, tensor: ir.TensorProtocol) -> bytes:
+    """An initializer of the graph up to its data."""
+    proto.ClearField("external_data")
+    proto.ClearField("data_location")
+    said = proto.SerializeToString()
+    data = len(_field(_RAW_DATA, tensor.nbytes)) + tensor.nbytes
+    return _field(_INITIALIZER, len(said) + data) + said
+
+
+def _field(number: int, length: int) -> bytes:
+    """The head of a protobuf field of bytes or of a message: its number with wire type 2, then its length."""
+    return _variable(number << 3 | 2) + _variable(length)
+
+
+def _variable(number: int) -> bytes:
+    """A number in protobuf's variable length: seven bits a byte, the lowest first, the last without the eighth bit."""
+    parts: list[int] = []
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])

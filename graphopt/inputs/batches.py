@@ -92,17 +92,23 @@ class ProbeBatches:
             self._probers = [fixed] * -(-samples // rows)
             self.samples = rows * len(self._probers)
         self._seed = seed
-        self._kept: list[dict[str, np.ndarray]] | None = None
+        self._keeps = sum(draw.nbytes for each in self._probers for draw in each.values()) <= _KEPT_BYTES
+        self._kept: list[dict[str, np.ndarray]] = []
+        self._further = self._draws()
 
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._probers)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """The batches, from the first one."""
-        if self._kept is None and sum(draw.nbytes for each in self._probers for draw in each.values()) <= _KEPT_BYTES:
-            self._kept = list(self._draws())
-        return iter(self._kept) if self._kept is not None else self._draws()
+        """The batches, from the first one; none is drawn before it is asked for, and small ones only once."""
+        return self._remembered() if self._keeps else self._draws()
+
+    def _remembered(self) -> Iterator[dict[str, np.ndarray]]:
+        for number in range(len(self._probers)):
+            if number == len(self._kept):
+                self._kept.append(next(self._further))
+            yield self._kept[number]
 
     def _draws(self) -> Iterator[dict[str, np.ndarray]]:
         generators = np.random.default_rng(self._seed).spawn(len(self._probers))

@@ -64,6 +64,8 @@ class SecondMoments:
     cross: np.ndarray
     energy: np.ndarray
     _factors: dict[float, list[Factor]] = field(default_factory=dict["float", "list[Factor]"], repr=False)
+    _lacking: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    """The last prior, and the covariance of the inputs with what it leaves of the targets."""
 
     @classmethod
     def empty(cls, groups: int, columns: int, rows: int) -> SecondMoments:
@@ -83,6 +85,7 @@ class SecondMoments:
         self.targets += groups.sum(axis=1, dtype=np.float64)
         self.cross += groups.transpose(0, 2, 1) @ patches
         self.energy += np.square(groups).sum(axis=1, dtype=np.float64)
+        self._lacking = None
         if inner:
             self._factors = {}
             self.count += patches.shape[1]
@@ -97,7 +100,7 @@ class SecondMoments:
 
     def with_targets_of(self, other: SecondMoments) -> SecondMoments:
         """The same inputs with other targets."""
-        return replace(self, targets=other.targets, cross=other.cross, energy=other.energy)
+        return replace(self, targets=other.targets, cross=other.cross, energy=other.energy, _lacking=None)
 
     def plus(self, other: SecondMoments) -> SecondMoments:
         """The sums over both sets of rows."""
@@ -129,9 +132,10 @@ class SecondMoments:
         """
         weight = prior.astype(np.float64)
         if np.isfinite(ridge):
-            wanted = self.cross_covariance() - self._product(weight)
-            factors = self._factored(ridge)
-            weight = weight + np.stack([factor(one) for one, factor in zip(wanted, factors, strict=True)])
+            if self._lacking is None or self._lacking[0] is not prior:
+                self._lacking = prior, self.cross_covariance() - self._product(weight)
+            pairs = zip(self._lacking[1], self._factored(ridge), strict=True)
+            weight = weight + np.stack([factor(one) for one, factor in pairs])
         return weight, self.bias(weight)
 
     def _product(self, weight: np.ndarray) -> np.ndarray:

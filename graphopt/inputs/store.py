@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import platformdirs
 
+from graphopt.inputs.database import Database, cache_folder
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
-FOLDER_VARIABLE = "GRAPHOPT_CACHE"
-"""Environment variable that names another folder than the user's cache folder."""
 FILE_NAME = "inputs.sqlite3"
 LARGEST_BYTES = 1024 * 1024 * 1024
 """How much is kept; what was written first goes first."""
-_PATIENCE_SECONDS = 5.0
-"""How long to wait for another process that writes."""
 _FORMAT = 1
 """Raised when what is stored under one key changes."""
 
@@ -42,21 +36,10 @@ CREATE TABLE IF NOT EXISTS inputs (
 """
 
 
-def cache_folder() -> Path:
-    """Where caches lie: `$GRAPHOPT_CACHE`, else the user's cache folder for graphopt."""
-    stated = os.environ.get(FOLDER_VARIABLE)
-    return Path(stated).expanduser() if stated else Path(platformdirs.user_cache_dir("graphopt"))
-
-
 class Store:
     """Batches of inputs on disk, by key. No method raises because of the disk: see `notes`.
 
-    Several processes may use one store at once. Arrays are written by `numpy.save` and read without pickle, with a
-    checksum. A file that is no database is put aside as `inputs.sqlite3.damaged`.
-
-    Attributes:
-        path: the database.
-        notes: what went wrong, one sentence each.
+    Arrays are written by `numpy.save` and read without pickle, with a checksum.
 
     Example:
         >>> import tempfile
@@ -75,25 +58,28 @@ class Store:
             folder: where the database lies, `cache_folder()` where None.
             largest_bytes: size of all arrays above which the oldest are deleted.
         """
-        self.path = (folder or cache_folder()) / FILE_NAME
-        self.notes: list[str] = []
+        self._database = Database((folder or cache_folder()) / FILE_NAME, _TABLE, "inputs")
         self._largest = largest_bytes
+
+    @property
+    def path(self) -> Path:
+        """The database."""
+        return self._database.path
+
+    @property
+    def notes(self) -> list[str]:
+        """What went wrong, one sentence each."""
+        return self._database.notes
 
     def read(self, key: str) -> list[dict[str, np.ndarray]] | None:
         """The batches of a key, None where there are none that can be read."""
-        if not self.path.is_file():
-            return None
-        try:
-            with closing(self._open()) as database:
+        with self._database.reading() as database:
+            if database is not None:
                 rows = database.execute(
                     "SELECT batch, name, dtype, checksum, array FROM inputs WHERE key = ? ORDER BY batch", (key,)
                 ).fetchall()
-                if not rows:
-                    return None
-                return _decoded(rows)
-        except (sqlite3.Error, OSError, ValueError, EOFError) as error:
-            self._failed("read", error)
-            return None
+                return _decoded(rows) if rows else None
+        return None
 
     def write(self, key: str, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Keep the batches under a key, in place of what was there, and delete what no longer fits."""
@@ -101,26 +87,11 @@ class Store:
         if size > self._largest:
             self.notes.append(f"{size >> 20} MiB of inputs are more than the cache holds ({self._largest >> 20} MiB)")
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._open()) as database:
-                database.execute("BEGIN IMMEDIATE")
+        with self._database.writing() as database:
+            if database is not None:
                 database.execute("DELETE FROM inputs WHERE key = ?", (key,))
                 database.executemany("INSERT INTO inputs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _encoded(key, batches))
                 self._evict(database)
-                database.execute("COMMIT")
-        except (sqlite3.Error, OSError, ValueError) as error:
-            self._failed("written", error)
-
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS, isolation_level=None)
-        try:
-            database.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when entries go; new files only
-            database.execute(_TABLE)
-        except BaseException:
-            database.close()
-            raise
-        return database
 
     def _evict(self, database: sqlite3.Connection) -> None:
         entries = database.execute(
@@ -131,17 +102,6 @@ class Store:
             total += int(size)
             if total > self._largest:
                 database.execute("DELETE FROM inputs WHERE key = ?", (key,))
-
-    def _failed(self, what: str, error: Exception) -> None:
-        self.notes.append(f"the cache of inputs could not be {what}: {error}")
-        damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(
-            error, (sqlite3.OperationalError, sqlite3.IntegrityError, sqlite3.ProgrammingError)
-        )
-        if damaged:
-            try:
-                self.path.replace(self.path.with_name(self.path.name + ".damaged"))
-            except OSError as refusal:
-                self.notes.append(f"the damaged cache could not be put aside: {refusal}")
 
 
 def _encoded(key: str, batches: Sequence[Mapping[str, np.ndarray]]) -> Iterator[tuple[object, ...]]:

@@ -20,7 +20,7 @@ from graphopt.ir.identities import remove_no_op
 from graphopt.ir.opset import lift_opset
 from graphopt.ir.permutations import gather_by_rows, gather_shuffles
 from graphopt.ir.propagate import LITERAL, Facts
-from graphopt.ir.rewrite import Rewriter, constant, is_op
+from graphopt.ir.rewrite import Rewriter, constant, is_op, let_go
 from graphopt.ir.sequences import resolve_sequences
 from graphopt.ir.shapes import Probes, infer_shapes
 from graphopt.ir.untie import untie_fillings
@@ -210,6 +210,7 @@ def _note_broken_weights(model: ir.Model) -> None:
             if tensor is None or not tensor.dtype.is_floating_point() or tensor.size == 0:
                 continue
             largest = float(np.max(tensor.numpy()))  # NaN where any element is
+            let_go(tensor)
             if not np.isfinite(largest) and largest != -np.inf:
                 note(model, f"weight {name!r} holds {'NaN' if np.isnan(largest) else 'infinity'}")
 

@@ -134,6 +134,21 @@ class Pieces:
         """The nodes that have to run before `value` is known."""
         return set() if value in self._known else _Reading(self.model.graph).ancestors([value], self._done, self._known)
 
+    @property
+    def done(self) -> frozenset[ir.Node]:
+        """The nodes that have run."""
+        return frozenset(self._done)
+
+    def frontier(self) -> list[ir.Value]:
+        """The values, in graph order, from which all that has not run can be run: known, and read by some of it."""
+        readers = _Reading(self.model.graph).readers
+        inside = (value for node in self.model.graph for value in node.outputs)
+        return [
+            value
+            for value in (*self.model.graph.inputs, *inside)
+            if value in self._known and any(reader not in self._done for reader in readers.get(value, ()))
+        ]
+
     def redo(self, nodes: Iterable[ir.Node]) -> None:
         """Run these nodes again when their results are next needed. What they read must be held."""
         for node in nodes:

@@ -16,13 +16,20 @@ class TensorPlan:
     Attributes:
         name: value or initializer in the float model.
         role: "activation", "weight" (of a linear operator) or "constant" (operand of an elementwise operator).
-        bits: width of the integers; those narrower than 8 bits are stored in 8. Weights have 7 where a kernel
-            would saturate (`Quantize.weight_range`).
+        bits: width of the integers. Those narrower than 8 bits are stored in 8 unless `storage` says otherwise.
+            Weights have 7 where a kernel would saturate (`Quantize.weight_range`).
         signed: int8 rather than uint8.
         axis: axis along which scales differ, None for one scale.
-        scale: one float32 scale, or one for each position on `axis`; > 0. Empty where data is yet to tell it.
+        scale: one float32 scale, or one for each position on `axis`; > 0. Empty where data is yet to tell it, and
+            where a rule makes it from the weight (`Quantize(form="weights")`: there are too many to be listed).
         zero_point: one integer for each scale.
         source: where the range came from: "calibration", "batchnorm", "probes", "weights", "definition" or "training".
+        block_size: how many neighbours along `axis` share a scale, for each position on the other axes; the last block
+            of a row may be shorter. Scales and zero points are those of the tensor with `axis` ceil(size / block_size)
+            long, in row-major order. 0: scales differ along `axis` alone.
+        storage: ONNX element type of the stored integers in lower case ("int4", "uint4", "int2", ...), which may be
+            wider than `bits`; signed integers then use all of their range, -2^(bits-1) included. Empty: int8 or uint8.
+        rounding: "nearest", or "error-feedback" (each input makes up for what rounding did to those before it).
     """
 
     name: str
@@ -33,6 +40,9 @@ class TensorPlan:
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
     source: str
+    block_size: int = 0
+    storage: str = ""
+    rounding: str = "nearest"
 
     @property
     def symmetric(self) -> bool:
@@ -41,25 +51,41 @@ class TensorPlan:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer. Signed ones leave out -2^(bits-1), so that they are symmetric."""
+        """Smallest and largest integer. Signed ones without `storage` leave out -2^(bits-1), for symmetry."""
+        if self.signed and self.storage:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         if self.signed:
             return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype of the stored integers."""
+        """The NumPy dtype of the integers, unpacked."""
         return np.dtype(np.int8 if self.signed else np.uint8)
 
     def quantize(self, array: np.ndarray) -> np.ndarray:
-        """The integers of an array of the tensor's shape, rounded half to even as ONNX QuantizeLinear does."""
-        scale, zero = np.asarray(self.scale, np.float32), np.asarray(self.zero_point, np.float32)
-        shape = [1] * array.ndim
-        if self.axis is not None:
-            shape[self.axis] = -1
+        """The integers of an array of the tensor's shape, rounded half to even as ONNX QuantizeLinear does.
+
+        Example:
+            >>> plan = TensorPlan("w", "weight", 4, True, 1, (1, 2), (0, 0), "weights", block_size=2, storage="int4")
+            >>> plan.quantize(np.array([[4.0, -8.0, 4.0]])).tolist()
+            [[4, -8, 2]]
+        """
+        scale, zero = self.expanded(array.shape)
         low, high = self.limits
-        rounded = np.rint(array.astype(np.float32) / scale.reshape(shape)) + zero.reshape(shape)
-        return np.clip(rounded, low, high).astype(self.dtype)
+        return np.clip(np.rint(array.astype(np.float32) / scale) + zero, low, high).astype(self.dtype)
+
+    def expanded(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero point as float32 that broadcast against a tensor of this shape."""
+        found = np.asarray(self.scale, np.float32), np.asarray(self.zero_point, np.float32)
+        if self.axis is None or not self.block_size:
+            along = [-1 if axis == self.axis else 1 for axis in range(len(shape))]
+            return found[0].reshape(along), found[1].reshape(along)
+        size = shape[self.axis]
+        blocks = tuple(-(-n // self.block_size) if axis == self.axis else n for axis, n in enumerate(shape))
+        kept = tuple(slice(size) if axis == self.axis else slice(None) for axis in range(len(shape)))
+        scale, zero = (np.repeat(one.reshape(blocks), self.block_size, self.axis)[kept] for one in found)
+        return scale, zero
 
     def range(self) -> tuple[np.ndarray, np.ndarray]:
         """The real numbers that the smallest and the largest integer stand for, one of each for each scale."""

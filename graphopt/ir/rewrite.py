@@ -64,6 +64,15 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def let_go(tensor: ir.TensorProtocol | None) -> None:
+    """Unmap a tensor that lies in a file, unless somebody reads it: mapped pages count as memory in use."""
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            tensor.release()
+        except BufferError:  # an array of it is alive, and keeps the mapping
+            tensor.raw = None
+
+
 def constant_float64(value: ir.Value | None) -> np.ndarray | None:
     """The constant as float64, or None where there is none or its elements are not floating point."""
     tensor = constant_tensor(value)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from graphopt.passes.contract import Context, Pass, Remark, RewriteResult, Semantics
+from graphopt.passes.convert_float import ConvertFloat
+from graphopt.passes.dequantize import Dequantize
 from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.eliminate_identity import EliminateIdentity
+from graphopt.passes.equalize_channels import EqualizeChannels
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.fold_batchnorm import FoldBatchnorm
 from graphopt.passes.fold_constants import FoldConstants
@@ -17,6 +20,7 @@ from graphopt.passes.merge_branches import MergeBranches
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from graphopt.passes.merge_initializers import MergeInitializers
 from graphopt.passes.merge_linear import MergeLinear
+from graphopt.passes.migrate_scales import MigrateScales
 from graphopt.passes.pool_reduce_mean import PoolReduceMean
 from graphopt.passes.prune_channels import PruneChannels
 from graphopt.passes.quantize import Quantize
@@ -38,9 +42,13 @@ ALL_PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         MergeCommonSubexpressions,
         MergeInitializers,
+        EqualizeChannels,
+        MigrateScales,
         PruneChannels,
+        Dequantize,
         FoldReconstruction,
         Quantize,
+        ConvertFloat,
     )
 }
 """Every pass by its name."""
@@ -48,8 +56,11 @@ ALL_PASSES: dict[str, type[Pass]] = {
 __all__ = [
     "ALL_PASSES",
     "Context",
+    "ConvertFloat",
+    "Dequantize",
     "EliminateDeadCode",
     "EliminateIdentity",
+    "EqualizeChannels",
     "FoldAffine",
     "FoldBatchnorm",
     "FoldConstants",
@@ -62,6 +73,7 @@ __all__ = [
     "MergeCommonSubexpressions",
     "MergeInitializers",
     "MergeLinear",
+    "MigrateScales",
     "Pass",
     "PoolReduceMean",
     "PruneChannels",

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import onnx_ir as ir
 
@@ -50,6 +50,38 @@ class Remark:
         return f"{self.kind} {self.what}: {self.why}, at {self.where}"
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard would say of a graph.
+
+    Attributes:
+        within: whether it is within the budget.
+        error: how far its outputs moved: root mean square relative to the original's, infinite where they cannot be
+            compared.
+        metric: the user's metric, None where there is none or the outputs alone decided.
+        reason: why it is not within the budget, with figures; empty where it is.
+        budget: the budget in words, for instance "tolerance 0.02".
+    """
+
+    within: bool
+    error: float
+    metric: float | None = None
+    reason: str = ""
+    budget: str = ""
+
+
+class Evidence(Protocol):
+    """Figures that a pass measured: printable, and as plain data."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        ...
+
+    def summary(self) -> list[str]:
+        """The lines that a report prints, the fewest that say it."""
+        ...
+
+
 @dataclass
 class Context:
     """What a pass may know besides its options and the graph.
@@ -65,6 +97,9 @@ class Context:
             interface, and as it was before any pass. In a run all passes then share the same inputs, made while
             BatchNormalization was still there. None outside of a run: each model then gets its own.
         progress: `progress(done, total, text)`, called while something takes long.
+        judge: says of a candidate graph whether it is within the budget of the run, exactly as the guard will; None
+            where there is no budget.
+        evidence: what passes measured and the report is to show, by name; a pass adds to it.
     """
 
     target: str = "cpu"
@@ -75,6 +110,8 @@ class Context:
     specs: Mapping[str, InputSpec] = field(default_factory=dict)
     reference: ir.Model | None = field(default=None, repr=False)
     progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
+    judge: Callable[[ir.Model], Verdict] | None = field(default=None, repr=False)
+    evidence: dict[str, Evidence] = field(default_factory=dict[str, "Evidence"], repr=False)
     _memo: dict[str, Inputs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def inputs(self, model: ir.Model, source: str | InputSource = "auto", samples: int | None = None) -> Inputs:
@@ -118,6 +155,12 @@ class Context:
             memo=self._memo,
         )
 
+    def silent(self) -> Context:
+        """The same knowledge, whose remarks and evidence go nowhere: for what is only tried."""
+        other = dataclasses.replace(self, remarks=[], evidence={}, progress=None)
+        other._memo = self._memo
+        return other
+
     def missed(self, what: str, why: str, where: ir.Node | ir.Value | str) -> None:
         """Record that a rewrite was declined."""
         self.remarks.append(Remark("missed", what, why, _name(where)))
@@ -141,9 +184,10 @@ def _name(where: ir.Node | ir.Value | str) -> str:
 
 @dataclass
 class RewriteResult(ir.passes.PassResult):
-    """An `onnx_ir` pass result with the remarks of the pass."""
+    """An `onnx_ir` pass result with the remarks of the pass and the evidence that it left."""
 
     remarks: tuple[Remark, ...] = ()
+    evidence: Mapping[str, Evidence] = field(default_factory=dict[str, Evidence])
 
 
 class Pass(ir.passes.InPlacePass):
@@ -169,9 +213,11 @@ class Pass(ir.passes.InPlacePass):
     def run(self, model: ir.Model, context: Context) -> RewriteResult:
         """`rewrite` under `context`, with the remarks and the measured change of this run."""
         before, first_remark = fingerprint(model), len(context.remarks)
+        known = dict(context.evidence)
         self.rewrite(model, context)
         remarks = tuple(context.remarks[first_remark:])
-        return RewriteResult(model, modified=fingerprint(model) != before, remarks=remarks)
+        evidence = {name: found for name, found in context.evidence.items() if known.get(name) is not found}
+        return RewriteResult(model, fingerprint(model) != before, remarks, evidence)
 
     def call(self, model: ir.Model) -> RewriteResult:
         """Run with default knowledge: CPU target, no data, default sizes."""

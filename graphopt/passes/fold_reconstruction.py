@@ -25,8 +25,8 @@ from graphopt.passes.reconstruct_forms import Ridge
 from graphopt.passes.reconstruct_refit import refit
 from graphopt.passes.reconstruct_sweep import Effort, Solved, Sweep
 
-LEAST_SQUARES = "least-squares"
-RECONSTRUCTIONS = (LEAST_SQUARES, "mean", *CLOSED_FORMS)
+LEAST_SQUARES, BIAS = "least-squares", "bias"
+RECONSTRUCTIONS = (LEAST_SQUARES, BIAS, "mean", *CLOSED_FORMS)
 """What may be asked for as `FoldReconstruction.form`."""
 _MOST_SAMPLES, _LEAST_SAMPLES = 512, 32
 _SAMPLE_MACS = 6.4e10
@@ -89,8 +89,10 @@ class FoldReconstruction(Pass):
     pass that damaged it, so this one works in the same run, behind `prune-channels` or `quantize`.
 
     Options:
-        form: "least-squares"; or, from weights and statistics alone and without any inputs, a closed form: "ridge",
-            "neuron-merging", "lbyl", "moments", or "mean", which only corrects the mean.
+        form: "least-squares"; "bias", which leaves weights as they are and puts the mean of what each operator makes
+            right on the inputs (the bias correction of Nagel et al. 2019), in part of the time; or, from weights and
+            statistics alone and without any inputs, a closed form: "ridge", "neuron-merging", "lbyl", "moments", or
+            "mean", which only corrects the mean.
         source: "auto", "calibration", "probes" or "synthetic"; "auto" is calibration where given, else synthetic.
         samples: how many samples at most; None for 512, fewer where the model is large.
         ridge: pull to the weight as it was, relative to the mean variance of an input; grows where samples are few.
@@ -158,7 +160,7 @@ class FoldReconstruction(Pass):
         if origin is None:
             context.note("rebuild", "no pass before has changed what the model computes", model.graph.name or "model")
             return Reconstruction(self.form)
-        if self.form == LEAST_SQUARES:
+        if self.form in (LEAST_SQUARES, BIAS):
             done = self._least_squares(model, origin, context)
         else:
             done = self._closed(model, origin, context)
@@ -171,7 +173,8 @@ class FoldReconstruction(Pass):
         refits = (3 if macs * most <= _REFIT_MACS else 0) if self.refits is None else self.refits
         context.note("rebuild", f"inputs from {found.source}: {found.why}", model.graph.name or "model")
         batches = rebatched(origin.model, FirstSamples(origin.model, found.batches, most))
-        sweep = Sweep(model, origin, batches, Effort(self.ridge, self.hinges, refits), context, refit)
+        effort = Effort(self.ridge, self.hinges, refits, biases_alone=self.form == BIAS)
+        sweep = Sweep(model, origin, batches, effort, context, refit)
         sweep.run()
         if sweep.solved:
             before = float(np.median([one.before for one in sweep.solved]))

@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.ir.ops.row import tensor_shape
+from graphopt.ir.rewrite import is_op
 from graphopt.passes.contract import Context, Pass, Semantics
 
 
@@ -19,6 +20,7 @@ class MergeInitializers(Pass):
     Must run last. Equality is not a tie: two biases that are both zero are still two parameters, and a later
     pass that cuts, quantizes or trains one of them must not change the other. Once nothing of the kind
     follows, sharing is only storage. Comparison is by content digest (SHA-256), one tensor in memory at a time.
+    Integers and scales of weights that are quantized alone stay apart: onnxruntime fuses none with another reader.
 
     Before::
 
@@ -59,7 +61,7 @@ class MergeInitializers(Pass):
             local = shared if graph is model.graph else dict(shared)
             for value in tuple(graph.initializers.values()):
                 key = _content(value)
-                if key is None or value.is_graph_input():
+                if key is None or value.is_graph_input() or _is_weight_alone(value):
                     continue
                 first = local.setdefault(key, value)
                 if first is value:
@@ -70,6 +72,16 @@ class MergeInitializers(Pass):
                 value.replace_all_uses_with(first)
                 assert value.name is not None
                 del graph.initializers[value.name]
+
+
+def _is_weight_alone(value: ir.Value) -> bool:
+    """Whether a value is part of a weight that is integers while its product reads floats: shared, it is not fused."""
+    for node in value.consumers():
+        for product in node.outputs[0].consumers() if is_op(node, "DequantizeLinear") else ():
+            source = product.inputs[0].producer() if product.inputs[0] is not None else None
+            if is_op(product, "MatMul", "Gemm") and not is_op(source, "DequantizeLinear"):
+                return True
+    return False
 
 
 def _content(value: ir.Value) -> tuple[object, ...] | None:

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
-from graphopt.inputs.observe import Statistics, observe
+from graphopt.inputs.observe import Statistics
 from graphopt.ir.linear import linear_at
 from graphopt.ir.origin import remember_origin
 from graphopt.ir.quantizer import TensorPlan
 from graphopt.ir.rewrite import constant, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
+from graphopt.passes.dequantize_model import dequantize_model
+from graphopt.passes.dequantize_regions import quantized_regions
 from graphopt.passes.quantize_apply import apply_plan, linear_operator, weight_axis
-from graphopt.passes.quantize_datafree import observe_probes
+from graphopt.passes.quantize_datafree import RANGE_SOURCES, observe_ranges
 from graphopt.passes.quantize_legalize import legalize
-from graphopt.passes.quantize_placement import Placement, already_quantized, data_inputs, place, scaling_factor
-from graphopt.passes.quantize_plan import QuantizePlan
-from graphopt.passes.quantize_ranges import RANGES, activation_range, asymmetric_quantizer, symmetric_scales
+from graphopt.passes.quantize_placement import (
+    Placement,
+    already_quantized,
+    data_inputs,
+    node_name,
+    place,
+    scaling_factor,
+)
+from graphopt.passes.quantize_plan import KEPT, Overrides, QuantizePlan
+from graphopt.passes.quantize_ranges import (
+    RANGES,
+    WEIGHT_SCALES,
+    activation_range,
+    asymmetric_quantizer,
+    symmetric_scales,
+)
 from graphopt.passes.quantize_saturation import SAFE_BITS, kernels_of, saturating_kernels
+from graphopt.passes.quantize_search import repair, weights_under
+from graphopt.passes.quantize_speed import fastest
+from graphopt.passes.quantize_weights import WeightOptions, plan_weights
+from graphopt.passes.quantize_weights_apply import apply_weights
 
-PLACEMENTS = ("auto", "static", "dynamic")
+Observed = dict[str, tuple[Statistics, str]]
+"""Statistics of activations by name, each with the source of the inputs that it was observed on."""
+PLACEMENTS = ("auto", "static", "dynamic", "weights")
 """What may be asked for as `Quantize.form`."""
 WEIGHT_RANGES = ("auto", "full", "reduced")
 """What may be asked for as `Quantize.weight_range`."""
@@ -45,16 +66,44 @@ class Quantize(Pass):
     run time, products of two activations and softmax stay float. Embedding tables are stored as int8 with one
     scale a column; their rows are picked first and dequantized behind.
 
+    Weights alone, for what is bound by memory or size (language models): products compute in floats, their weights are
+    integers with a scale (and zero point) for each block of inputs, in the layout that onnxruntime makes MatMulNBits of
+
+        w_d = DequantizeLinear <axis = 0, block_size = 32> (w_q, w_s, w_z)         y = MatMul (x, w_d)
+
+    Integers of 2 and 4 bits have types of their own, tables of embeddings have rows of packed bytes. Weights are read
+    one at a time, so files larger than memory will do; see `graphopt.passes.quantize_weights`.
+
     Options:
-        ranges: "minmax", "percentile" or "entropy": how observed values become a range.
+        ranges: "minmax", "percentile", "entropy" or "mse": how observed values become a range.
         form: "auto" (Conv static; Gemm and MatMul static where their input arrives on integers, else dynamic),
-            "static" or "dynamic" for all linear operators.
+            "static" or "dynamic" for all linear operators, "weights" for weights alone.
         exclude: shell patterns of node names, weight names or operator types that stay float.
         percentile: percent of the values that "percentile" keeps inside the range.
         bits: width of activations and weights, 2 to 8, stored in 8.
+        weight_bits: width of the weights of linear operators and of tables, None for `bits`.
+        measure: whether form "auto" is the one of all forms that runs fastest on this machine, with the operators in
+            float that are faster so, timed on the whole graph (`graphopt.passes.quantize_speed`); else rules say it.
+        weight_scales: "max" or "mse": whether the scale of a channel of a weight covers its largest magnitude, or has
+            the least squared error.
+        source: where the inputs come from that ranges are observed on, see `graphopt.passes.quantize_datafree`:
+            "auto" is calibration where given, else "steered".
+        search: whether the result is measured, and the operators that break it returned to 8 bits or to float: until
+            the budget of the run is met, or without one until outputs are no longer ruined
+            (`graphopt.passes.quantize_search`).
         weight_range: "reduced" keeps the weights of linear operators to 7 bits, -63 to 63, with which no sum of
             two products saturates in 16 bits on any machine; "full" uses `bits`; "auto" reduces those whose
             kernels saturate on this machine, which is measured (`graphopt.passes.quantize_saturation`).
+        block_size: of form "weights": how many inputs share a scale: 16, 32, 64, 128 or 256; 0 for one scale an output.
+        symmetric: of form "weights": signed integers without zero points, a tenth less exact at 4 bits.
+        rounding: of form "weights": "nearest", or "error-feedback" on inputs (`Context.inputs`).
+        contrib: of form "weights": MatMulNBits and GatherBlockQuantized of com.microsoft instead of standard
+            operators, for models that cannot be lifted to opset 21 and to fix the accuracy level.
+        accuracy_level: of MatMulNBits with `contrib`: 0 or 1 compute in float32, 4 rounds activations to int8, as
+            onnxruntime does by default. Without `contrib` the session config
+            "session.qdq_matmulnbits_accuracy_level" says it; a remark tells the error of each level, measured.
+        requantize: turn a quantized model back to float first, as pass `dequantize` does. Without it such a model is
+            left alone; where only its weights are quantized, operators of other kinds are quantized all the same.
 
     Before::
 
@@ -80,6 +129,9 @@ class Quantize(Pass):
         "merge-branches",
         "pool-reduce-mean",
         "prune-channels",
+        "dequantize",
+        "equalize-channels",
+        "migrate-scales",
     )
 
     ranges: str = "minmax"
@@ -88,6 +140,17 @@ class Quantize(Pass):
     percentile: float = 99.99
     bits: int = 8
     weight_range: str = "auto"
+    weight_bits: int | None = None
+    measure: bool = False
+    weight_scales: str = "max"
+    source: str = "auto"
+    search: bool = True
+    block_size: int = 32
+    symmetric: bool = False
+    rounding: str = "nearest"
+    contrib: bool = False
+    accuracy_level: int = 4
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.ranges not in RANGES:
@@ -102,12 +165,51 @@ class Quantize(Pass):
             )
         if not 50.0 < self.percentile <= 100.0:
             raise GraphoptError(f"percentile is {self.percentile}, it must be above 50 and at most 100")
-        if not 2 <= self.bits <= 8:
-            raise GraphoptError(f"bits is {self.bits}, it must be between 2 and 8")
+        for name, value in (("bits", self.bits), ("weight_bits", self.width)):
+            if isinstance(value, bool) or value != int(value) or not 2 <= value <= 8:
+                raise GraphoptError(f"{name} is {value!r}, it must be a whole number between 2 and 8")
+        if self.weight_scales not in WEIGHT_SCALES:
+            raise GraphoptError(
+                f"unknown weight_scales {self.weight_scales!r}", help=f"one of {', '.join(WEIGHT_SCALES)}"
+            )
+        if self.source not in RANGE_SOURCES:
+            raise GraphoptError(f"unknown source {self.source!r}", help=f"one of {', '.join(RANGE_SOURCES)}")
+        self._weight_options()
+
+    @property
+    def width(self) -> int:
+        """Bits of weights."""
+        return self.bits if self.weight_bits is None else self.weight_bits
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
-        """Plan and apply; the remarks say what was declined and where the ranges came from."""
-        self.apply(model, self.plan(model, context))
+        """Plan, return to float what breaks the net, and apply; the remarks say what was declined and why."""
+        if self.form == "weights":  # nothing is run without a budget: the model may be larger than memory
+            plan = self.plan(model, context)
+            if self.search and context.judge is not None:
+                options = self._weight_options()
+                plan = repair(
+                    model,
+                    plan,
+                    context,
+                    decide=lambda overrides: weights_under(model, options, context.silent(), overrides),
+                    write=self.apply,
+                )
+            self._apply(model, plan, context)
+            return
+        observed: Observed = {}
+        source = self._unquantized(model, context)
+        chosen, kept = self._fastest(source, context, observed)
+        plan = chosen._decide(source, context, Overrides(kept), observed)
+        if self.search:
+
+            def decide(more: Overrides) -> QuantizePlan:
+                overrides = Overrides({**kept, **more.kept_float}, more.widened)
+                return chosen._decide(source, context.silent(), overrides, observed)
+
+            plan = repair(source, plan, context, decide=decide, write=self.apply)
+        if plan.operators or already_quantized(source) is None:
+            _remark(plan, context)
+        self.apply(model, plan)
 
     def plan(self, model: ir.Model, context: Context) -> QuantizePlan:
         """Decide everything, and change nothing.
@@ -122,59 +224,124 @@ class Quantize(Pass):
         Raises:
             DataError: the calibration data is empty or does not fit the model.
         """
-        node = already_quantized(model)
-        if node is not None:
-            context.note("quantize", f"the model is quantized already ({node.op_type})", node)
-            return QuantizePlan()
+        model = self._unquantized(model, context)
+        if self.form == "weights":
+            return plan_weights(model, self._weight_options(), context)
+        observed: Observed = {}
+        chosen, kept = self._fastest(model, context, observed)
+        plan = chosen._decide(model, context, Overrides(kept), observed)
+        if plan.operators or already_quantized(model) is None:
+            _remark(plan, context)
+        return plan
+
+    def _fastest(self, model: ir.Model, context: Context, observed: Observed) -> tuple[Quantize, Mapping[str, str]]:
+        """This pass in the form that is the fastest here, and what is faster in float, with the reasons."""
+        if not self.measure or self.form != "auto":
+            return self, {}
+        silent = context.silent()
+
+        def decide(form: str, overrides: Overrides) -> QuantizePlan:
+            return replace(self, form=form)._decide(model, silent, overrides, observed)
+
+        found = fastest(model, ("auto", "static", "dynamic"), context, decide=decide, write=self.apply)
+        context.evidence["speed"] = found
+        for line in found.summary():
+            context.note("quantize", line, "model")
+        return replace(self, form=found.form), found.kept_float
+
+    def _decide(self, model: ir.Model, context: Context, overrides: Overrides, observed: Observed) -> QuantizePlan:
+        """The plan under `overrides`; ranges that were observed before are taken from `observed` and added there."""
+        regions, kept_float = quantized_regions(model), overrides.kept_float
+        if regions is not None:
+            context.note("quantize", str(regions), regions.first)
+            if not regions.weights_alone or self.form == "weights":
+                return QuantizePlan()
+            kept_float = {**regions.kept, **kept_float}
         original, model = model, model.clone()
         legalize(model, static=self.form != "dynamic")
-        placement = place(model, form=self.form, exclude=tuple(self.exclude))
+        placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float)
         if "static" not in placement.forms.values():
             model = original.clone()
             legalize(model, static=False)
-            placement = place(model, form=self.form, exclude=tuple(self.exclude))
-        activations = self._activations(model, placement, context)
-        tensors = activations + self._constants(placement) + self._weights(placement, activations, context)
-        plan = QuantizePlan(tuple(tensors), tuple(placement.operators))
-        _remark(plan, context)
-        return plan
+            placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float)
+        activations = self._activations(model, placement, context, overrides, observed)
+        tensors = activations + self._constants(placement) + self._weights(placement, activations, context, overrides)
+        bits = {tensor.name: tensor.bits for tensor in tensors if tensor.role == "weight"}
+        weight_bits = {
+            node_name(node): next((bits[v.name] for v in node.inputs if v is not None and v.name in bits), None)
+            for node in placement.forms
+        }
+        operators = (replace(one, weight_bits=weight_bits.get(one.node)) for one in placement.operators)
+        return QuantizePlan(tuple(tensors), tuple(operators))
 
     def apply(self, model: ir.Model, plan: QuantizePlan) -> None:
         """Rewrite `model` in place as the plan says.
 
+        What a plan of form "weights" leaves to the weights (scales) is made from them again, and what it leaves to
+        inputs (`rounding="error-feedback"`) from inputs that are made up; `contrib` is an option of this pass.
+
         Raises:
             GraphoptError: the plan was made for another model. The model may then be half rewritten.
         """
+        self._apply(model, plan, Context())
+
+    def _apply(self, model: ir.Model, plan: QuantizePlan, context: Context) -> None:
         if not any(operator.form != "float" for operator in plan.operators):
             return
-        legalize(model, static=plan.static)
+        if self.requantize:
+            dequantize_model(model, lambda what, why, where: None)
+        if not plan.weights_alone:
+            legalize(model, static=plan.static)
         remember_origin(model)
-        apply_plan(model, plan)
+        done = apply_weights(model, plan, context, contrib=self.contrib, accuracy_level=self.accuracy_level)
+        if not plan.weights_alone:
+            others = tuple(operator for operator in plan.operators if operator.node not in done)
+            apply_plan(model, replace(plan, operators=others))
 
-    def _activations(self, model: ir.Model, placement: Placement, context: Context) -> list[TensorPlan]:
-        names = [value.name or "" for value in placement.quantized]
-        if not names:
-            return []
-        histograms = self.ranges != "minmax"
-        if context.calibration is not None:
-            found = observe(model, names, context.calibration, histograms=histograms, threads=context.threads)
-            sources = dict.fromkeys(names, "calibration")
-        else:
-            found, anchored = observe_probes(
-                model, names, context.sizes, histograms=histograms, threads=context.threads, specs=context.specs
+    def _unquantized(self, model: ir.Model, context: Context) -> ir.Model:
+        """What is planned for: the model itself, or a float copy of a quantized one that is to be quantized anew."""
+        if not self.requantize or already_quantized(model) is None:
+            return model
+        copy = model.clone()
+        dequantize_model(copy, context.missed)
+        return copy
+
+    def _weight_options(self) -> WeightOptions:
+        return WeightOptions(
+            self.width,
+            self.block_size,
+            self.symmetric,
+            self.rounding,
+            self.contrib,
+            self.accuracy_level,
+            tuple(self.exclude),
+        )
+
+    def _activations(
+        self, model: ir.Model, placement: Placement, context: Context, overrides: Overrides, observed: Observed
+    ) -> list[TensorPlan]:
+        names = {value.name or "": _origin(value).name or "" for value in placement.quantized}
+        aliases = {name: origin for name, origin in names.items() if name not in observed}
+        if aliases:
+            found, sources = observe_ranges(
+                model, aliases, context, source=self.source, histograms=self.ranges != "minmax"
             )
-            sources = {
-                value.name or "": "batchnorm" if _origin(value).name in anchored else "probes"
-                for value in placement.quantized
-            }
-        return [self._activation(name, found[name], sources[name], context) for name in names]
+            observed.update({name: (found[name], sources[name]) for name in aliases})
+        wide = {
+            value.name
+            for node in placement.forms
+            if node_name(node) in overrides.widened
+            for value in (*data_inputs(node), *node.outputs, *(user.outputs[0] for user in node.outputs[0].consumers()))
+        }
+        bits = {name: 8 if name in wide else self.bits for name in names}
+        return [self._activation(name, *observed[name], bits[name], context) for name in names]
 
-    def _activation(self, name: str, statistics: Statistics, source: str, context: Context) -> TensorPlan:
+    def _activation(self, name: str, statistics: Statistics, source: str, bits: int, context: Context) -> TensorPlan:
         if statistics.non_finite:
             context.note("quantize", f"{statistics.non_finite} values are NaN or infinite, left out of the range", name)
-        low, high = activation_range(statistics, self.ranges, self.percentile, self.bits)
-        scale, zero = asymmetric_quantizer(low, high, self.bits)
-        return TensorPlan(name, "activation", self.bits, False, None, (scale,), (zero,), source)
+        low, high = activation_range(statistics, self.ranges, self.percentile, bits)
+        scale, zero = asymmetric_quantizer(low, high, bits)
+        return TensorPlan(name, "activation", bits, False, None, (scale,), (zero,), source)
 
     def _constants(self, placement: Placement) -> list[TensorPlan]:
         plans: list[TensorPlan] = []
@@ -188,7 +355,7 @@ class Quantize(Pass):
     def _reduced(self, placement: Placement, context: Context) -> set[ir.Node]:
         """The linear operators whose weights have `SAFE_BITS`; a note says which and why."""
         kernels = {node: kernels_of(node, form) for node, form in placement.forms.items() if linear_operator(node)}
-        if not kernels or self.bits <= SAFE_BITS:
+        if not kernels or self.width <= SAFE_BITS:
             return set()
         if self.weight_range == "reduced":
             context.note("quantize", f"weights have {SAFE_BITS} bits as asked, {len(kernels)} operators", "model")
@@ -199,12 +366,19 @@ class Quantize(Pass):
         if self.weight_range == "auto" and saturated:
             why = f"weights have {SAFE_BITS} bits in {len(saturated)} of {len(kernels)} operators, {measured}"
         else:
-            why = f"weights have {self.bits} bits{' as asked' if self.weight_range == 'full' else ''}, {measured}"
+            why = f"weights have {self.width} bits{' as asked' if self.weight_range == 'full' else ''}, {measured}"
             why += "; sums may be wrong" if saturated else "; x86 without VNNI needs weight_range='reduced'"
         context.note("quantize", why, "model")
         return saturated if self.weight_range == "auto" else set()
 
-    def _weights(self, placement: Placement, activations: list[TensorPlan], context: Context) -> list[TensorPlan]:
+    def _widest(self, node: ir.Node, form: str, context: Context) -> int:
+        """The bits that the weights of a linear operator can have without sums that saturate."""
+        wrong = self.weight_range == "auto" and kernels_of(node, form) & saturating_kernels(context.target)
+        return SAFE_BITS if wrong or self.weight_range == "reduced" else 8
+
+    def _weights(
+        self, placement: Placement, activations: list[TensorPlan], context: Context, overrides: Overrides
+    ) -> list[TensorPlan]:
         """One plan for each weight and axis; readers that share a weight share its bits and larger scale a channel."""
         scale_of = {tensor.name: tensor.scale[0] for tensor in activations}
         reduced = self._reduced(placement, context)
@@ -213,13 +387,15 @@ class Quantize(Pass):
         for node, form in placement.forms.items():
             table = node.inputs[0]
             if form == "table" and table is not None:
-                scales[table.name or "", 1] = symmetric_scales(_stored(table), 1, self.bits)
+                scales[table.name or "", 1] = symmetric_scales(_stored(table), 1, self.width, method=self.weight_scales)
             linear = linear_at(node) if form in ("static", "dynamic") else None
             weight = constant(node.inputs[1]) if linear is not None else None
             if linear is None or weight is None or linear.weight_index != 1:
                 continue
             value, axis = node.inputs[1], weight_axis(node)
-            bits = SAFE_BITS if node in reduced else self.bits
+            bits = SAFE_BITS if node in reduced else self.width
+            if node_name(node) in overrides.widened:
+                bits = self._widest(node, form, context)
             stored_bias = form == "static" and not is_op(node, "MatMul")
             found = symmetric_scales(
                 weight,
@@ -227,6 +403,7 @@ class Quantize(Pass):
                 bits,
                 linear.bias() if stored_bias else None,
                 _input_scale(linear.data, placement, scale_of),
+                self.weight_scales,
             )
             assert value is not None
             key = (value.name or "", axis)
@@ -234,7 +411,7 @@ class Quantize(Pass):
             widths[key] = min(widths.get(key, bits), bits)
         plans: list[TensorPlan] = []
         for key, found in scales.items():
-            (name, axis), bits = key, widths.get(key, self.bits)
+            (name, axis), bits = key, widths.get(key, self.width)
             scale = tuple(map(float, found))
             plans.append(TensorPlan(name, "weight", bits, True, axis, scale, (0,) * found.size, "weights"))
         return plans
@@ -269,7 +446,8 @@ def _input_scale(value: ir.Value, placement: Placement, scale_of: Mapping[str, f
 def _remark(plan: QuantizePlan, context: Context) -> None:
     for operator in plan.operators:
         if operator.form == "float":
-            context.missed(f"quantize {operator.op_type}", operator.reason, operator.node)
+            why = KEPT if operator.reason.startswith(KEPT) else operator.reason  # one kind of remark, not one each
+            context.missed(f"quantize {operator.op_type}", why, operator.node)
     sources = plan.sources()
     if sources:
         counted = ", ".join(f"{count} from {source}" for source, count in sorted(sources.items()))

@@ -95,7 +95,7 @@ class _Writer:
         planned = self.activations.get((clamp.outputs[0].name if folded and clamp else output.name) or "")
         if planned is None:
             return
-        quantized = self._quantize_linear(output, planned, after=node)
+        quantized = self._saturated(self._quantize_linear(output, planned, after=node), planned)
         self._publish(output, quantized, planned)
 
     def _static_weight(self, node: ir.Node) -> None:
@@ -254,7 +254,7 @@ class _Writer:
             )
         array = constant(value)
         if array is None:
-            quantized = self._quantize_linear(value, planned, before=reader)
+            quantized = self._saturated(self._quantize_linear(value, planned, before=reader), planned)
         else:
             quantized = self._parameter(value, "quantized", planned.quantize(array), None)
         dequantized = self._before(
@@ -280,8 +280,9 @@ class _Writer:
         result.type = ir.TensorType(ir.DataType.FLOAT)
         result.shape = value.shape
         writer = value.producer()
+        before = {producer, *(operand.producer() for operand in producer.inputs if operand is not None)}
         for use in tuple(value.uses()):
-            if use.node is not producer:
+            if use.node not in before:
                 use.node.replace_input_with(use.idx, result)
         graph = self.model.graph
         for index, output in enumerate(graph.outputs):
@@ -304,6 +305,21 @@ class _Writer:
         elif before is not None:
             self.model.graph.insert_before(before, node)
         return result
+
+    def _saturated(self, quantized: ir.Value, planned: TensorPlan) -> ir.Value:
+        """The integers kept in fewer bits than they are stored in: QuantizeLinear saturates at 8 only.
+
+        On the integers, behind QuantizeLinear, so that the kernel before it stays an int8 kernel.
+        """
+        stored, (low, high) = np.iinfo(planned.dtype), planned.limits
+        producer = quantized.producer()
+        assert producer is not None
+        if planned.bits >= stored.bits:
+            return quantized
+        bounds = [None if low == stored.min else self._scalar(low, planned), self._scalar(high, planned)]
+        clip = self.rewriter.insert(producer, "Clip", [quantized, *bounds], like=quantized, suffix="saturated")
+        clip.outputs[0].type, clip.outputs[0].shape = quantized.type, quantized.shape
+        return clip.outputs[0]
 
     def _before(
         self,

@@ -25,15 +25,55 @@ import onnx_ir as ir
 from graphopt.inputs.batches import usual_samples
 from graphopt.inputs.observe import Statistics, observe
 from graphopt.inputs.probes import InputSpec
-from graphopt.inputs.source import Probes
+from graphopt.inputs.source import SOURCES, Probes
 from graphopt.ir.rewrite import Rewriter, rank
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
+from graphopt.passes.contract import Context
 
+STEERED = "steered"
+"""Probes that BatchNormalization statistics steer, together with plain ones."""
+RANGE_SOURCES = (*SOURCES, STEERED)
+"""What may be asked for as `Quantize.source`."""
 _EPSILON = 1e-5
 _PROBES, _LARGE_PROBES = 128, 32
 """Number of probes, small ones and large ones; statistics over fewer are noisy at small spatial sizes."""
 _TRUSTED_RATIO = 4.0
 """How far plain probes may widen a range beyond what BatchNormalization statistics give: two bits."""
+
+
+def observe_ranges(
+    model: ir.Model, names: Mapping[str, str], context: Context, *, source: str, histograms: bool
+) -> tuple[dict[str, Statistics], dict[str, str]]:
+    """Statistics of tensors over the best inputs that there are, or over those that are asked for.
+
+    Args:
+        model: the model; it is not changed.
+        names: inputs, or outputs of nodes of the main graph, each with the value that it is a clamped copy of, or its
+            own name.
+        context: the user's calibration, sizes, specs; holds inputs that are shared by the passes of a run.
+        source: one of `RANGE_SOURCES`. "auto" is calibration where given, else "steered".
+        histograms: also gather histograms.
+
+    Returns:
+        Statistics by name, and by name where they come from: "calibration", "synthetic", "probes", or "batchnorm"
+        where recorded statistics steered the probes.
+
+    Raises:
+        DataError: calibration was asked for and not given, or is empty, or does not fit; or inputs cannot be made up.
+    """
+    given = context.calibration is not None
+    if given and source in ("auto", "calibration"):  # all of it, and not some hundred samples
+        found = observe(model, list(names), context.calibration, histograms=histograms, threads=context.threads)
+        return found, dict.fromkeys(names, "calibration")
+    if source in ("auto", STEERED):
+        found, anchored = observe_probes(
+            model, list(names), context.sizes, histograms=histograms, threads=context.threads, specs=context.specs
+        )
+        return found, {name: "batchnorm" if clamped in anchored else "probes" for name, clamped in names.items()}
+    inputs = context.inputs(model, source)
+    context.note("quantize", f"inputs from {inputs.source}: {inputs.why}", "model")
+    found = observe(model, list(names), inputs.batches, histograms=histograms, threads=context.threads)
+    return found, dict.fromkeys(names, inputs.source)
 
 
 def observe_probes(

@@ -19,6 +19,7 @@ import onnxruntime
 
 from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op, rank
+from graphopt.passes.dequantize_model import quantized_nodes
 from graphopt.passes.quantize_plan import OperatorPlan
 
 
@@ -49,10 +50,6 @@ _NO_KERNEL = {
     "GRU": "recurrent layers stay float",
     "RNN": "recurrent layers stay float",
 }
-_QUANTIZED = {
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearConv",
-    "QLinearMatMul",
-}  # fmt: skip
 
 
 _SMALLEST_TABLE = 4096
@@ -78,7 +75,7 @@ class Placement:
 
 def already_quantized(model: ir.Model) -> ir.Node | None:
     """A node of the model that computes on quantized tensors, or None."""
-    return next((node for node in model.graph.all_nodes() if node.op_type in _QUANTIZED), None)
+    return next(quantized_nodes(model), None)
 
 
 def node_name(node: ir.Node) -> str:
@@ -112,7 +109,9 @@ def scaling_factor(node: ir.Node) -> float | None:
     return float(factors[0].reshape(())) if of_rank and (of_rank[0] or 0) >= factors[0].ndim else None
 
 
-def place(model: ir.Model, *, form: str, exclude: tuple[str, ...]) -> Placement:
+def place(
+    model: ir.Model, *, form: str, exclude: tuple[str, ...], kept_float: Mapping[str, str] | None = None
+) -> Placement:
     """Choose the form of every operator.
 
     Args:
@@ -120,16 +119,18 @@ def place(model: ir.Model, *, form: str, exclude: tuple[str, ...]) -> Placement:
         form: "static", "dynamic", or "auto": Conv static, Gemm and MatMul static where their input arrives on
             integers anyway and dynamic where it does not.
         exclude: names of nodes or weights, or operator types, to leave in float; shell patterns.
+        kept_float: names of nodes to leave in float, with the reason.
     """
-    return _Placer(model, form, exclude).run()
+    return _Placer(model, form, exclude, kept_float or {}).run()
 
 
 class _Placer:
-    def __init__(self, model: ir.Model, form: str, exclude: tuple[str, ...]) -> None:
+    def __init__(self, model: ir.Model, form: str, exclude: tuple[str, ...], kept_float: Mapping[str, str]) -> None:
         self.graph = model.graph
         self.nodes = list(model.graph)
         self.form = form
         self.exclude = exclude
+        self.kept_float = kept_float
         self.roles: dict[ir.Node, Role] = {}
         self.declined: dict[ir.Node, str] = {}
         self.static: set[ir.Node] = set()
@@ -157,10 +158,12 @@ class _Placer:
             reason = f"computes in {data_inputs(node)[0].dtype}, int8 kernels replace float32 only"
         if reason is None:
             self.roles[node] = role
-        elif role is Role.LINEAR or reason.startswith("excluded"):
+        elif role is Role.LINEAR or reason.startswith("excluded") or node_name(node) in self.kept_float:
             self.declined[node] = reason
 
     def _excluded(self, node: ir.Node) -> str | None:
+        if node_name(node) in self.kept_float:
+            return self.kept_float[node_name(node)]
         names = [node.op_type, node_name(node)]
         names += [value.name or "" for value in node.inputs if value is not None and value.const_value is not None]
         for pattern in self.exclude:

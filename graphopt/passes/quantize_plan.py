@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.quantizer import TensorPlan
 
-FORMS = ("static", "integer", "folded", "dynamic", "table", "float")
+FORMS = ("static", "integer", "folded", "dynamic", "weights", "table", "float")
 """How an operator runs, see `OperatorPlan`."""
+KEPT = "kept in float to stay within the budget"
+"""How the reason begins of what a search for mixed precision keeps in float."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What is decided for single operators, whatever the options of the pass say; the default decides nothing.
+
+    Attributes:
+        kept_float: operators that stay float, by node name, with the reason.
+        widened: names of the nodes whose weights, inputs and outputs have 8 bits where the options ask for fewer.
+    """
+
+    kept_float: Mapping[str, str] = field(default_factory=dict[str, str])
+    widened: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -23,9 +38,10 @@ class OperatorPlan:
         op_type: its operator.
         form: "static" (between DequantizeLinear and QuantizeLinear, an int8 kernel of onnxruntime), "integer" (on
             the integers themselves, exact), "folded" (a Relu or Clip that the saturation of the quantizer before it
-            already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger), "table" (rows of an
-            int8 embedding) or "float" (declined).
-        reason: why it was declined; empty otherwise.
+            already does), "dynamic" (DynamicQuantizeLinear and MatMulInteger), "weights" (its weight alone is
+            stored as integers), "table" (rows of an embedding of integers) or "float" (declined).
+        reason: why it was declined, or raised to more bits than were asked for; empty otherwise.
+        weight_bits: width of its weight; None where it has none, or stays float.
 
     Raises:
         GraphoptError: there is no such form.
@@ -35,6 +51,7 @@ class OperatorPlan:
     op_type: str
     form: str
     reason: str = ""
+    weight_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -60,6 +77,13 @@ class QuantizePlan:
         """Whether any operator runs on integers throughout."""
         return any(operator.form in ("static", "integer", "folded") for operator in self.operators)
 
+    @property
+    def weights_alone(self) -> bool:
+        """Whether nothing but weights becomes integers, each in a storage of its own."""
+        return all(operator.form in ("weights", "table", "float") for operator in self.operators) and all(
+            tensor.storage for tensor in self.tensors
+        )
+
     def forms(self) -> dict[str, int]:
         """Number of operators by form."""
         return dict(Counter(operator.form for operator in self.operators))
@@ -67,6 +91,21 @@ class QuantizePlan:
     def sources(self) -> dict[str, int]:
         """Number of activations by source of their range."""
         return dict(Counter(tensor.source for tensor in self.tensors if tensor.role == "activation"))
+
+    def with_tensors(self, tensors: Iterable[TensorPlan]) -> QuantizePlan:
+        """The same plan with other quantizers for some tensors, learned ones say; found by name and axis.
+
+        Raises:
+            GraphoptError: the plan has no such tensor.
+        """
+        known = {(tensor.name, tensor.axis): tensor for tensor in self.tensors}
+        for tensor in tensors:
+            if (tensor.name, tensor.axis) not in known:
+                raise GraphoptError(
+                    "the plan has no such tensor", where=tensor.name, help="keep names and axes of its own tensors"
+                )
+            known[tensor.name, tensor.axis] = tensor
+        return replace(self, tensors=tuple(known.values()))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `from_json` turns back into an equal plan."""
@@ -97,15 +136,21 @@ class QuantizePlan:
     def __str__(self) -> str:
         rows = [("tensor", "role", "bits", "axis", "scale", "zero point", "range from")]
         rows += [_tensor_row(tensor) for tensor in self.tensors]
-        operators = [("operator", "type", "form", "why")]
-        operators += [(o.node, o.op_type, o.form, o.reason) for o in self.operators]
+        operators = [("operator", "type", "form", "weight bits", "why")]
+        operators += [(o.node, o.op_type, o.form, str(o.weight_bits or "-"), o.reason) for o in self.operators]
         return f"{_table(rows)}\n\n{_table(operators)}"
 
 
 def _tensor_row(tensor: TensorPlan) -> tuple[str, ...]:
     kind = f"{'int' if tensor.signed else 'uint'}{tensor.bits}{' symmetric' if tensor.symmetric else ''}"
+    if tensor.storage and tensor.storage != kind.split()[0]:
+        kind += f" in {tensor.storage}"
     axis = "-" if tensor.axis is None else str(tensor.axis)
-    if len(tensor.scale) == 1:
+    if tensor.block_size:
+        axis += f" in blocks of {tensor.block_size}"
+    if not tensor.scale:
+        scale, zero = tensor.rounding if tensor.rounding != "nearest" else "least squares", "-"
+    elif len(tensor.scale) == 1:
         scale, zero = f"{tensor.scale[0]:.4g}", str(tensor.zero_point[0])
     else:
         scale = f"{min(tensor.scale):.3g} .. {max(tensor.scale):.3g} ({len(tensor.scale)})"

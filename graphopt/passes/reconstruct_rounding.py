@@ -80,8 +80,8 @@ def round_with_feedback(
     Args:
         weight: float64 [G, R, K].
         metric: float64 [G, K, K], positive definite; see `input_metric`.
-        scales: float64 [G, R], > 0.
-        limits: smallest and largest integer, float64 [G, R] each.
+        scales: float64 [G, R], > 0, or [G, R, K] where they differ by input.
+        limits: smallest and largest integer, float64 of either shape each.
 
     Returns:
         float64 of integral values within the limits.
@@ -99,7 +99,7 @@ def round_with_feedback(
     permuted = np.take_along_axis(np.take_along_axis(metric, order[:, :, None], axis=1), order[:, None, :], axis=2)
     factor = _factor(permuted)
     relative = factor / np.diagonal(factor, axis1=1, axis2=2)[:, :, None]
-    low, high = limits
+    steps, low, high = (_ordered(one, order, weight.shape) for one in (scales, *limits))
     columns = weight.shape[-1]
     left, rounded = np.zeros_like(ordered), np.zeros_like(ordered)
     for end in range(columns, 0, -_BLOCK):
@@ -108,9 +108,10 @@ def round_with_feedback(
         for column in range(end - 1, begin - 1, -1):
             behind = left[:, :, column + 1 : end] @ relative[:, column, column + 1 : end, None]
             here = wanted[:, :, column - begin] + behind[:, :, 0]
-            integers = np.clip(np.rint(here / scales), low, high)
+            step = steps[:, :, column]
+            integers = np.clip(np.rint(here / step), low[:, :, column], high[:, :, column])
             rounded[:, :, column] = integers
-            left[:, :, column] = ordered[:, :, column] - scales * integers
+            left[:, :, column] = ordered[:, :, column] - step * integers
     result = np.empty_like(rounded)
     np.put_along_axis(result, order[:, None, :], rounded, axis=2)
     return result
@@ -245,6 +246,13 @@ def beyond_clamp(start: ir.Value, end: ir.Value, known: Mapping[str | None, ir.V
                 return True
         value = node.outputs[0]
     return False
+
+
+def _ordered(parameter: np.ndarray, order: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter [G, R] or [G, R, K] as [G, R, K] with its columns in this order [G, K]."""
+    if parameter.ndim < len(shape):
+        return np.broadcast_to(parameter[:, :, None], shape)
+    return np.take_along_axis(parameter, order[:, None, :], axis=2)
 
 
 def _largest_scales(weight: np.ndarray, limits: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -47,11 +47,13 @@ class Effort:
         ridge: smallest ridge, relative to the mean variance of an input.
         hinges: how often the target is adapted to what the following Relu or Clip cuts off.
         refits: how often the operator before is solved again too (`graphopt.passes.reconstruct_refit`).
+        biases_alone: whether weights stay and only the mean is put right, which takes no second moments.
     """
 
     ridge: float = 1e-3
     hinges: int = 2
     refits: int = 3
+    biases_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,9 @@ class Sweep:
             with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at, and declined
                 self._check(site)
                 site.choose(ROWS_A_COLUMN * site.rows.columns + ROWS)
+                if self.effort.biases_alone:
+                    self._correct_bias(site)
+                    return
                 self.solve(site)
                 if path is not None and self.refit is not None:
                     self.refit(site, path, self)
@@ -259,6 +264,42 @@ class Sweep:
             raise DeclinedError(f"it makes {linear.out_channels} channels and made {channels}", linear.node)
         if len(site.rows.rows(wanted)) != site.rows.count(site.data(0)):
             raise DeclinedError("what it made before has other positions", linear.node)
+
+    def _correct_bias(self, site: Site) -> None:
+        """Put the mean of one operator right: b = E[T - W p], T again where bounds say what does not matter."""
+        linear = site.linear
+        if isinstance(linear, QuantizedLinear) and not linear.has_bias:
+            raise DeclinedError("there is no place for a bias behind a quantized MatMul", linear.node)
+        bias = linear.bias()
+        mean, before, scale = self._residual(site, bias)
+        for _ in range(self.effort.hinges if site.is_bounded else 0):
+            mean, _, _ = self._residual(site, mean)
+        _, after, _ = self._residual(site, mean)
+        if not after < before:
+            mean, after = bias, before
+        elif isinstance(linear, QuantizedLinear):
+            linear.store_integers(self.rewriter, linear.integers(), linear.scales, mean)
+        else:
+            self._look_again(site, self.store(linear, linear.weight(), mean))
+        self.solved.append(Solved(linear.node.name or "", before / scale, after / scale, np.inf))
+
+    def _residual(self, site: Site, bias: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """With the targets of a bias [M]: E[T - W p], the mean square error, and the variance of the targets."""
+        weight, channels = site.rows.weight(), site.linear.out_channels
+        count, missing, squares, sums, energy = 0, np.zeros(channels), 0.0, np.zeros(channels), 0.0
+        for batch in range(self.damaged.batches):
+            product = apply_rows(site.patches(batch), weight)
+            now = product + bias.astype(np.float32)
+            targets = site.targets(batch, now if site.is_bounded else None)
+            count += len(targets)
+            missing += (targets - product).sum(axis=0, dtype=np.float64)
+            squares += float(np.square(targets - now).sum(dtype=np.float64))
+            sums += targets.sum(axis=0, dtype=np.float64)
+            energy += float(np.square(targets).sum(dtype=np.float64))
+        if not count or not np.isfinite([squares, energy]).all():
+            raise DeclinedError("what it reads, or is to make, is nothing or not finite", site.linear.node)
+        variance = energy / count - float(np.square(sums / count).sum())
+        return missing / count, squares / count, variance if variance > 0 else 1.0
 
     def solve(self, site: Site) -> None:
         """Solve one operator and write its weight back."""

@@ -115,6 +115,11 @@ class Candidate:
         """The `count` units that go first, ascending by index."""
         return tuple(sorted(int(unit) for unit in self.order[:count]))
 
+    def price(self, gone: int, then: int) -> float:
+        """Share of the scores of the group in the units between `gone` and `then` units removed."""
+        between = self.scores[self.order[min(gone, then) : max(gone, then)]]
+        return float(between.sum()) / max(float(self.scores.sum()), 1e-30)
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:

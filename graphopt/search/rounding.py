@@ -14,26 +14,25 @@ BLOCK = 16
 """Channels that a kernel of onnxruntime computes at once; the cost is flat inside a block (measured, see `step_of`)."""
 _SMALLEST_STEP = 4
 """A count that is no multiple of this leaves the fast path."""
-_SHARE = 4
-"""A narrow group is rounded to about this share of its width, so that it can be pruned at all."""
 
 
 def step_of(width: int) -> int:
     """The number of channels that a group of this width is rounded to a multiple of.
 
-    Measured on onnxruntime's CPU kernels: the cost of a convolution or product is flat inside a block of 16 channels
-    and then steps (52 = 56 = 60 = 64); counts that are no multiple of 4 leave the fast path altogether. So groups of
-    64 and more go in steps of 16, narrower ones in steps of a power of two near a quarter of their width, of 4 at
-    least. Fewer than 4 channels are in no block; they go one by one.
+    Measured on onnxruntime's CPU kernels (AVX-512): the cost of a convolution or product is flat
+    inside a block of 16 channels and then steps (52 = 56 = 60 = 64, 20 = 24 = 28 = 32); counts that are no multiple of
+    4 leave the fast path altogether. So groups go in steps of 16, and those narrower than 32, which would then lose all
+    or nothing, in steps of half their width, rounded down to a power of two, of 4 at least. Fewer than 4 channels are
+    in no block; they go one by one.
 
     Example:
-        >>> [step_of(width) for width in (3, 16, 20, 32, 48, 64, 2048)]
-        [1, 4, 4, 8, 8, 16, 16]
+        >>> [step_of(width) for width in (3, 8, 16, 20, 32, 48, 64, 2048)]
+        [1, 4, 8, 8, 16, 16, 16, 16]
     """
     if width < _SMALLEST_STEP:
         return 1
-    quarter = max(width // _SHARE, _SMALLEST_STEP)
-    return min(BLOCK, 1 << (quarter.bit_length() - 1))
+    half = max(width // 2, _SMALLEST_STEP)
+    return min(BLOCK, 1 << (half.bit_length() - 1))
 
 
 def unit_step(group: ChannelGroup, round_to: int | None = None) -> int:

@@ -49,7 +49,8 @@ class Solution:
 def solve(problem: Problem, allocation: Allocation, sizes: Mapping[str, int] | None = None) -> Solution:
     """Find the units that go so that the target is met.
 
-    A ratio of units is the point of the path with that ratio, each group rounded to the nearest width. A cost is met by
+    A ratio of units is the point of the path with that ratio, each group rounded to the nearest width; where all of
+    them together are off by more than the tolerance then, some are rounded to the other side. A cost is met by
     bisection over the path in rounded widths, then filled packet by packet to come as near as the widths allow. The
     fast count that this runs on is corrected by a true count of the pruned graph.
 
@@ -92,6 +93,7 @@ def _solved_ratio(problem: Problem, allocation: Allocation, path: Path, sizes: M
     wanted = allocation.at_ratio(path, problem, ratio)
     search = _Search(problem, 1.0)
     search.round(wanted)
+    search.even_out()
     return _counted(problem, search.removed(), sizes)
 
 
@@ -199,6 +201,27 @@ class _Search:
         """What is left, in the coin of the target, as the corrected estimate has it."""
         return self.problem.costs.remaining(self.removed(), self.problem.target.kind) * self.factor
 
+    def even_out(self) -> None:
+        """Move packets, either way, while one brings the number of units nearer to the target, the cheapest of equals."""
+        total = sum(candidate.units for candidate in self._by_name.values())
+        wanted = self.problem.target.share * total
+        for _ in range(_MOVES):
+            removed = self.removed()
+            left = total - sum(removed.values())
+            if abs(left - wanted) <= TOLERANCE * wanted:
+                return
+            moves: list[tuple[float, float, str, int]] = []
+            step = -1 if left > wanted else 1
+            for name, candidate in self._by_name.items():
+                index = self.chosen[name] + step
+                if 0 <= index < len(candidate.choices):
+                    gone = candidate.units - int(candidate.choices[index])
+                    after = abs(left + removed[name] - gone - wanted)
+                    moves.append((after, -step * candidate.price(removed[name], gone), name, index))
+            if not moves or min(moves)[0] >= abs(left - wanted):
+                return
+            _, _, name, self.chosen[name] = min(moves)
+
     def along(self, path: Path) -> None:
         """Bisect to where the target lies between two neighbouring points; take the one on which more is left."""
         target = self.problem.target.share
@@ -277,9 +300,7 @@ class _Search:
             return None
         if after >= target * (1 - _GOAL):
             candidate = self._by_name[name]
-            scores = candidate.scores[candidate.order]
-            price = float(scores[gone:then].sum()) / max(float(scores.sum()), 1e-30)
             follows = self._ahead.get(name, self.chosen[name]) < self.chosen[name]
-            return (0.0 if follows else 1.0, price / (share - after))
+            return (0.0 if follows else 1.0, candidate.price(gone, then) / (share - after))
         needed = share > target * (1 + TOLERANCE) or near < share - target
         return (2.0, near) if needed else None

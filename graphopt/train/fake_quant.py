@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import onnx_ir as ir
@@ -17,17 +17,23 @@ from graphopt.ir.lower import Folding, attribute
 from graphopt.ir.ops.torch.conv import conv
 from graphopt.ir.ops.torch.linear import gemm
 from graphopt.ir.quantizer import TensorPlan
+from graphopt.ir.quantizer_places import QuantizerPlace, QuantizerPlaces
 from graphopt.train.fold_quantizers import fold_activation, fold_bias, fold_weight
-from graphopt.train.places import LinearLayer, linear_layers
+from graphopt.train.places import is_edge, linear_layers
+from graphopt.train.quantizers import (
+    SAMPLED,
+    BiasQuantizer,
+    DynamicQuantizer,
+    Quantizer,
+    RuledQuantizer,
+    rows_of,
+    sample,
+    without_range,
+)
 
-_CANDIDATES = 100
-"""Clipping points that are tried for the range with the least mean squared error."""
-_SAMPLED = 2**18
-"""Elements of a tensor that its range is found on."""
-_SMALLEST_SCALE = 1e-8
+WriteGraph = Callable[[ir.Model, tuple[TensorPlan, ...]], ir.Model]
+"""Writes the quantized graph of a float one, which may be changed, by the plans of its tensors."""
 _FEWEST_BITS, _MOST_BITS = 2, 8
-_INT32 = 2.0**31 - 128
-"""The largest float32 that fits into int32."""
 _SAFE_BITS = 7
 """Bits of weights that no kernel saturates with."""
 
@@ -50,10 +56,16 @@ class FakeQuant(Insertion):
     weight are quantized is rounded to int32 in units of s_x s_w and folds so: onnxruntime does that to float biases,
     and at 4 bits the units are coarse.
 
+    That is the form of quantizers that stand anywhere. Those of the pass `quantize` stand where its plan has them
+    (`places`), and fold to the graph that the pass itself writes (`write`); `graphopt.fake_quantize` makes them.
+
     Args:
-        plan: one `TensorPlan` a tensor, or the JSON of a plan (a list of them, or `QuantizePlan.to_json()`).
+        plan: one `TensorPlan` a tensor, or the JSON of a plan (a list of them, or `QuantizePlan.to_json()`), for
+            quantizers that all consumers read; or `QuantizerPlaces`, which say who reads them.
             Plans without a scale get theirs from the weight, or from `prepare` for activations.
         learn: whether scales and zero points are trained.
+        write: makes the quantized graph of the trained float graph and `plan()`, when the module is lowered; None
+            folds every quantizer where it stands.
 
     Raises:
         LiftError: a width that is not from 2 to 8, two plans for one tensor; on insertion, a tensor that the graph does
@@ -71,14 +83,22 @@ class FakeQuant(Insertion):
         ['DequantizeLinear', 'MatMul']
     """
 
-    def __init__(self, plan: Iterable[Any] | Mapping[str, Any], *, learn: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Iterable[Any] | Mapping[str, Any] | QuantizerPlaces,
+        *,
+        learn: bool = True,
+        write: WriteGraph | None = None,
+    ) -> None:
         super().__init__()
-        entries: Any = plan.get("tensors", ()) if isinstance(plan, Mapping) else plan
-        plans = [entry if isinstance(entry, TensorPlan) else TensorPlan.from_json(entry) for entry in entries]
+        self.places = plan if isinstance(plan, QuantizerPlaces) else None
+        self.write = write
+        plans = plan.tensors if isinstance(plan, QuantizerPlaces) else _plans(plan)
         self.names: dict[str, str] = {}
         self.quantizers = nn.ModuleDict()
         self.bias_names: dict[str, str] = {}
         self.biases = nn.ModuleDict()
+        self.dynamic = nn.ModuleDict()
         for number, entry in enumerate(plans):
             if entry.bits not in range(_FEWEST_BITS, _MOST_BITS + 1):
                 raise LiftError(
@@ -86,11 +106,22 @@ class FakeQuant(Insertion):
                     where=entry.name,
                     help=f"{_FEWEST_BITS} to {_MOST_BITS} are there",
                 )
-            if entry.name in self.names.values():
+            place = QuantizerPlace(entry) if self.places is None else self.places.quantizers[number]
+            if entry.block_size and place.rule is None:
+                raise LiftError(
+                    f"a quantizer with scales in blocks of {entry.block_size}",
+                    where=entry.name,
+                    help="use graphopt.fake_quantize, or plan with block_size=0: training learns one scale an output",
+                )
+            if self.places is None and entry.name in self.names.values():
                 raise LiftError("two quantizers for one tensor", where=entry.name, help="give each tensor one plan")
             key = f"q{number}"
             self.names[key] = entry.name
-            self.quantizers[key] = Quantizer(entry, learn=learn)
+            self.quantizers[key] = (
+                Quantizer(entry, learn=learn, bounds=place.bounds)
+                if place.rule is None
+                else RuledQuantizer(entry, place.rule)
+            )
 
     @classmethod
     def for_linear(
@@ -120,7 +151,7 @@ class FakeQuant(Insertion):
                 where=model.graph.name,
                 help="weights must be initializers, directly or behind a Transpose or Cast; or pass a plan of your own",
             )
-        edges = {layer.node for layer in layers if _is_edge(layer, layers)}
+        edges = {layer.node for layer in layers if is_edge(layer, layers)}
         plans: dict[str, TensorPlan] = {}
         for layer in layers:
             edge = layer.node in edges
@@ -144,15 +175,19 @@ class FakeQuant(Insertion):
         if lifted.reference_dtype == torch.float64:
             raise LiftError("ONNX has no quantizers for float64", help="quantize the model in float32")
         initializers = lifted.interface.initializers
-        for key, quantizer in self._quantizers().items():
+        for number, (key, quantizer) in enumerate(self._quantizers().items()):
             name = self.names[key]
             others = [each for each in lifted.insertions.children() if isinstance(each, FakeQuant) and each is not self]
             if any(name in each.names.values() for each in others):
                 raise LiftError("two quantizers for one tensor", where=name, help="give each tensor one plan")
-            lifted.place(name, f"{path}.quantizers.{key}")
+            consumers = None if self.places is None else self.places.quantizers[number].consumers
+            lifted.place(name, f"{path}.quantizers.{key}", consumers)
             if name in initializers and not quantizer.fitted:
                 quantizer.fit(attribute(lifted, initializers[name]).detach())
-        self._insert_biases(lifted, path)
+        if self.places is None:
+            self._insert_biases(lifted, path)
+        else:
+            self._insert_planned(lifted, path, self.places)
 
     def prepare(self, lifted: LiftedModule, batches: Sequence[Sequence[torch.Tensor]]) -> None:
         """Find the ranges of activations that have none, by least squared error, on float activations."""
@@ -161,13 +196,14 @@ class FakeQuant(Insertion):
 
         def watch(key: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                rows = _rows(inputs[0].detach(), waiting[key].planned.axis)
-                seen[key].append(_sample(rows, _SAMPLED // max(len(batches), 1)))
+                rows = rows_of(inputs[0].detach(), waiting[key].planned.axis)
+                seen[key].append(sample(rows, SAMPLED // max(len(batches), 1)))
 
             return hook
 
         handles = [quantizer.register_forward_pre_hook(watch(key)) for key, quantizer in waiting.items()]
-        active = [module for module in lifted.modules() if isinstance(module, Quantizer) and module.active]
+        kinds = (Quantizer, DynamicQuantizer)
+        active = [module for module in lifted.modules() if isinstance(module, kinds) and module.active]
         training = lifted.training
         try:
             for quantizer in active:
@@ -189,9 +225,18 @@ class FakeQuant(Insertion):
     def fold(self, folding: Folding) -> None:
         """See `Insertion`."""
         for key, quantizer in self._quantizers().items():
-            name, learned = self.names[key], quantizer.learned()
             if not quantizer.fitted:
-                raise _without_range(name)
+                raise without_range(self.names[key])
+        if self.write is not None:
+            folding.at_end(functools.partial(_written, write=self.write, plan=self.plan()))
+            return
+        if self.places is not None:
+            raise LiftError(
+                "quantizers of QuantizerPlaces do not fold without `write`",
+                help="make them with graphopt.fake_quantize, or pass the plans of the tensors alone",
+            )
+        for key, quantizer in self._quantizers().items():
+            name, learned = self.names[key], quantizer.learned()
             if folding.is_constant(name):
                 fold_weight(folding, name, learned)
             else:
@@ -200,6 +245,20 @@ class FakeQuant(Insertion):
             bias = self.biases.get_submodule(key)
             assert isinstance(bias, BiasQuantizer)
             fold_bias(folding, name, bias.scale.detach().cpu().numpy())
+
+    def _insert_planned(self, lifted: LiftedModule, path: str, places: QuantizerPlaces) -> None:
+        """Biases of the layers that the places name, and quantizers whose range is taken at run time."""
+        quantizers = list(self._quantizers().values())
+        for number, layer in enumerate(places.layers):
+            if layer.bias is None:
+                continue
+            key = f"b{number}"
+            self.bias_names[key] = layer.bias
+            self.biases[key] = BiasQuantizer(quantizers[layer.data], quantizers[layer.weight], layer.factor)
+            lifted.place(layer.bias, f"{path}.biases.{key}", [layer.node])
+        for number, place in enumerate(places.dynamic):
+            self.dynamic[f"d{number}"] = DynamicQuantizer()
+            lifted.place(place.value, f"{path}.dynamic.d{number}", place.consumers)
 
     def _insert_biases(self, lifted: LiftedModule, path: str) -> None:
         """Biases of layers whose data and weight are quantized get int32, in the units of the sum that they start."""
@@ -223,187 +282,13 @@ class FakeQuant(Insertion):
         return dict(self.quantizers.items())  # pyright: ignore[reportReturnType]
 
 
-class Quantizer(nn.Module):
-    """One place. `base`, `log_ratio` and `zero_point` are [1] or, along `plan.axis`, [channels]."""
-
-    base: torch.Tensor
-
-    def __init__(self, plan: TensorPlan, *, learn: bool) -> None:
-        super().__init__()
-        self.planned, self.active, self.learn = plan, True, learn
-        self.fitted = bool(plan.scale)
-        scale = torch.tensor(plan.scale or [1.0], dtype=torch.float32)
-        self._set(scale, torch.tensor(plan.zero_point or [0] * scale.numel(), dtype=torch.float32))
-
-    def _set(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-        self.register_buffer("base", scale)
-        self.log_ratio = nn.Parameter(torch.zeros_like(scale), requires_grad=self.learn)
-        self.zero_point = nn.Parameter(zero_point, requires_grad=self.learn and not self.planned.signed)
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """The scale as it is now."""
-        return self.base * self.log_ratio.exp()
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the grid of its integers; unchanged while ranges are being found."""
-        if not self.active:
-            return tensor
-        if not self.fitted:
-            raise _without_range(self.planned.name)
-        low, high = self.planned.limits
-        per_scale = tensor.numel() // self.base.numel()
-        samples = tensor.shape[0] if self.planned.role == "activation" and tensor.dim() > 0 else 1
-        damping = 1.0 / math.sqrt(max(per_scale // max(samples, 1), 1) * high)
-        return _Learned.apply(tensor, self.scale, self.zero_point, low, high, damping, self.planned.axis)  # pyright: ignore[reportReturnType]
-
-    def fit(self, tensor: torch.Tensor) -> None:
-        """Take the range with the least mean squared error on a weight."""
-        rows = _rows(tensor, self.planned.axis)
-        self.fit_rows(_sample(rows, _SAMPLED) if self.planned.axis is None else rows)
-
-    def fit_rows(self, rows: torch.Tensor) -> None:
-        """Take the ranges with the least mean squared error on samples [scales, n]."""
-        low, high = self.planned.limits
-        scale, zero = _least_squares_range(rows.float(), low, high, symmetric=self.planned.signed)
-        self._set(scale.to(self.base.device), zero.to(self.base.device))
-        self.fitted = True
-
-    def learned(self) -> TensorPlan:
-        """The plan with the scales and zero points of now."""
-        scale = self.scale.detach().float().cpu().tolist()
-        zero = self.zero_point.detach().float().round().clamp(*_zero_limits(self.planned)).int().cpu().tolist()
-        return replace(self.planned, scale=tuple(scale), zero_point=tuple(zero), source="training")
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Ranges come in the size that they were saved in, and count as found."""
-        saved = state_dict.get(f"{prefix}base")
-        if saved is not None:
-            if saved.shape != self.base.shape:
-                self._set(*(torch.ones_like(saved, device=self.base.device) for _ in range(2)))
-            self.fitted = True
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+def _plans(given: Any) -> list[TensorPlan]:
+    entries = given.get("tensors", ()) if isinstance(given, Mapping) else given  # pyright: ignore[reportUnknownVariableType]
+    return [entry if isinstance(entry, TensorPlan) else TensorPlan.from_json(entry) for entry in entries]  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
 
 
-class BiasQuantizer(nn.Module):
-    """A bias in the integers of the sum that it starts, b = round(b / (s_x s_w)) s_x s_w, gradient straight through."""
-
-    def __init__(self, data: Quantizer, weight: Quantizer) -> None:
-        super().__init__()
-        self._factors = (data, weight)  # in a tuple, so that they are not children a second time
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """[1], or one for each output channel."""
-        data, weight = self._factors
-        return data.scale * weight.scale
-
-    def forward(self, bias: torch.Tensor) -> torch.Tensor:
-        """The bias as the integer kernel adds it; unchanged while ranges are being found."""
-        if not all(each.active and each.fitted for each in self._factors):
-            return bias
-        with torch.no_grad():
-            scale = self.scale.to(bias.device)
-            rounded = (bias.to(scale.dtype) / scale).round().clamp(-_INT32, _INT32).mul_(scale).to(bias.dtype)
-        return bias + (rounded - bias).detach()
-
-
-class _Learned(torch.autograd.Function):
-    """The quantizer and its straight-through gradient, see `FakeQuant`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor,
-        low: int,
-        high: int,
-        damping: float,
-        axis: int | None,
-    ) -> torch.Tensor:
-        step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
-        integers = torch.div(tensor.to(step.dtype), step).round_().add_(zero).clamp_(low, high)
-        result = integers.sub_(zero).mul_(step).to(tensor.dtype)
-        ctx.save_for_backward(tensor, result, scale, zero_point)
-        ctx.settings = low, high, damping, axis
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (gradient,) = gradients
-        tensor, result, scale, zero_point = ctx.saved_tensors
-        low, high, damping, axis = ctx.settings
-        step, zero = _shaped(scale, zero_point, low, high, tensor, axis)
-        inside = (tensor >= (low - 0.5 - zero) * step) & (tensor <= (high + 0.5 - zero) * step)
-        to_tensor = torch.where(inside, gradient, 0.0)
-        to_scale = to_zero = None
-        if ctx.needs_input_grad[1]:
-            # dy/ds = (y - x) / s where nothing is clamped, y / s where it is
-            moved = torch.where(inside, tensor, 0.0).neg_().add_(result).mul_(gradient)
-            to_scale = _summed(moved, scale, axis) / scale * damping
-        if ctx.needs_input_grad[2]:
-            clamped = _summed(gradient, scale, axis) - _summed(to_tensor, scale, axis)
-            to_zero = -clamped * scale * damping
-        return to_tensor, to_scale, to_zero, None, None, None, None
-
-
-def _without_range(name: str) -> LiftError:
-    return LiftError("a quantizer has no range yet", where=name, help="call FakeQuant.prepare with some inputs")
-
-
-def _shaped(
-    scale: torch.Tensor, zero_point: torch.Tensor, low: int, high: int, tensor: torch.Tensor, axis: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and whole zero point, shaped to broadcast with the tensor."""
-    shape = [1] * tensor.dim()
-    if axis is not None:
-        shape[axis] = -1
-    zero = zero_point.round().clamp(min(low, 0), high)
-    return scale.reshape(shape), zero.reshape(shape)
-
-
-def _summed(tensor: torch.Tensor, like: torch.Tensor, axis: int | None) -> torch.Tensor:
-    """The sum over all axes but that of the scales, in the shape of the scales."""
-    axes = [other for other in range(tensor.dim()) if axis is None or other != axis % tensor.dim()]
-    return tensor.sum(axes, dtype=like.dtype).reshape(like.shape)
-
-
-def _zero_limits(plan: TensorPlan) -> tuple[int, int]:
-    low, high = plan.limits
-    return min(low, 0), high
-
-
-def _least_squares_range(
-    rows: torch.Tensor, low: int, high: int, *, symmetric: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each row [channels, n] with the least squared error, over clipped ranges."""
-    smallest, largest = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
-    if symmetric:
-        largest = torch.maximum(-smallest, largest)
-        smallest = -largest
-    best = torch.full_like(largest, torch.inf)
-    best_scale, best_zero = torch.ones_like(largest), torch.zeros_like(largest)
-    for candidate in range(_CANDIDATES, _CANDIDATES // 10, -1):
-        share = candidate / _CANDIDATES
-        scale = ((largest - smallest) * share / (high - low)).clamp_min(_SMALLEST_SCALE)
-        zero = torch.zeros_like(scale) if symmetric else (low - smallest * share / scale).round().clamp(low, high)
-        integers = ((rows / scale[:, None]).round_() + zero[:, None]).clamp_(low, high)
-        error = ((integers - zero[:, None]) * scale[:, None] - rows).square_().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
-def _rows(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
-    """The elements that share a scale as rows, [scales, n]."""
-    return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
-
-
-def _sample(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """At most about `count` elements, evenly taken from all rows."""
-    return rows[:, :: max(rows.numel() // max(count, 1), 1)]
+def _written(model: ir.Model, write: WriteGraph, plan: tuple[TensorPlan, ...]) -> ir.Model:
+    return write(model, plan)
 
 
 def _merge(plans: dict[str, TensorPlan], plan: TensorPlan) -> None:
@@ -411,26 +296,3 @@ def _merge(plans: dict[str, TensorPlan], plan: TensorPlan) -> None:
     known = plans.get(plan.name)
     if known is None or plan.bits > known.bits:
         plans[plan.name] = plan
-
-
-def _is_edge(layer: LinearLayer, layers: Sequence[LinearLayer]) -> bool:
-    """Whether no linear layer is before, or none behind."""
-    others = {other.node for other in layers}
-    return not _reaches(layer.data, others, forward=False) or not _reaches(layer.result, others, forward=True)
-
-
-def _reaches(value: ir.Value, nodes: set[ir.Node], *, forward: bool) -> bool:
-    """Whether the producers (or the consumers) of a value lead to one of the nodes."""
-    waiting, seen = [value], {value}
-    while waiting:
-        current = waiting.pop()
-        producer = current.producer()
-        found = list(current.consumers()) if forward else ([] if producer is None else [producer])
-        for node in found:
-            if node in nodes:
-                return True
-            further = node.outputs if forward else node.inputs
-            fresh = [other for other in further if other is not None and other not in seen]
-            seen.update(fresh)
-            waiting += fresh
-    return False

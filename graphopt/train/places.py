@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -68,6 +69,38 @@ def stored_shape(value: ir.Value) -> tuple[int, ...]:
     """Shape of an initializer."""
     assert value.const_value is not None
     return tensor_shape(value.const_value)
+
+
+def is_edge(layer: LinearLayer, layers: Sequence[LinearLayer]) -> bool:
+    """Whether no linear layer is before this one, or none behind.
+
+    Example:
+        >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]> g (float[1,2] x) => (float[1,2] y)
+        ...     <float[2,2] a = {1, 0, 0, 1}, float[2,2] b = {1, 0, 0, 1}, float[2,2] c = {1, 0, 0, 1}>
+        ...     { h = MatMul(x, a) k = MatMul(h, b) y = MatMul(k, c) }''')
+        >>> layers = linear_layers(model)
+        >>> [is_edge(layer, layers) for layer in layers]
+        [True, False, True]
+    """
+    others = {other.node for other in layers}
+    return not _reaches(layer.data, others, forward=False) or not _reaches(layer.result, others, forward=True)
+
+
+def _reaches(value: ir.Value, nodes: set[ir.Node], *, forward: bool) -> bool:
+    """Whether the producers (or the consumers) of a value lead to one of the nodes."""
+    waiting, seen = [value], {value}
+    while waiting:
+        current = waiting.pop()
+        producer = current.producer()
+        found = list(current.consumers()) if forward else ([] if producer is None else [producer])
+        for node in found:
+            if node in nodes:
+                return True
+            further = node.outputs if forward else node.inputs
+            fresh = [other for other in further if other is not None and other not in seen]
+            seen.update(fresh)
+            waiting += fresh
+    return False
 
 
 def _layer(node: ir.Node) -> LinearLayer | None:

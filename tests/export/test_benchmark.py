@@ -11,9 +11,10 @@ import pytest
 
 import graphopt
 from graphopt.errors import DataError
-from graphopt.export.benchmark import Benchmark, Latency, Speed, benchmark
+from graphopt.export.benchmark import benchmark
 from graphopt.export.verify import verify
 from graphopt.export.write import save
+from graphopt.ir.timing import Benchmark, Latency, Speed
 from tests.export.test_write import with_weight
 
 

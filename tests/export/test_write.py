@@ -36,6 +36,23 @@ def test_a_saved_file_is_the_model(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int4", "uint2", "bool"])
+def test_a_file_says_what_a_proto_says(tmp_path: Path, dtype: str) -> None:
+    """Large weights are appended to the file one by one; whoever reads it sees the proto of the whole model."""
+    model = with_weight()
+    element = ir.DataType[dtype.upper()]
+    array = np.random.default_rng(1).integers(0, 2, (33, 101)).astype(element.numpy())
+    tensor = ir.Tensor(array, dtype=element, name="t", doc_string="told", metadata_props={"key": "kept"})
+    model.graph.register_initializer(ir.Value(name="t", const_value=tensor))
+    save(model, tmp_path / "m.onnx")
+    found, expected = onnx.load(tmp_path / "m.onnx"), ir.to_proto(model)
+    weights = {entry.name: entry for entry in found.graph.initializer}
+    assert weights == {entry.name: entry for entry in expected.graph.initializer}
+    for proto in (found, expected):
+        del proto.graph.initializer[:]
+    assert found == expected
+
+
 def test_large_models_get_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "_LARGEST_PROTO", 4096)
     model = with_weight()

@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt.inputs import database as database_module
 from graphopt.inputs import store as store_module
-from graphopt.inputs.store import Store, cache_folder, model_digest, storage_key
+from graphopt.inputs.database import cache_folder
+from graphopt.inputs.store import Store, model_digest, storage_key
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from tests.inputs.nets import conv_net
 
@@ -131,7 +133,7 @@ def test_pickles_are_not_read(cache: Path) -> None:
 
 def test_a_locked_cache_is_left_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store().write("a", BATCHES)
-    monkeypatch.setattr(store_module, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(database_module, "_PATIENCE_SECONDS", 0.05)
     other = sqlite3.connect(cache / "inputs.sqlite3", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     store = Store()

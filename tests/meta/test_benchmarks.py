@@ -13,7 +13,7 @@ import pytest
 import graphopt
 from benchmarks import contest, datafree, datafree_sections, datafree_tables, datafree_verdict, old_file, results, run
 from benchmarks.datafree_setting import without_statistics
-from graphopt.export.benchmark import Benchmark, Latency, Speed
+from graphopt.ir.timing import Benchmark, Latency, Speed
 from graphopt.passes.prune_channels import PruneChannels
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -28,6 +28,12 @@ PROMISES = {
         "500 images       accuracy",
         "f32[32] -> f32[16]",
     ],
+    "09_quantization_aware.py": [
+        "int8 without data",
+        "int4 trained",
+        "the trained graph has the operators of the untrained one: True",
+        "note train quantized: error of the outputs",
+    ],
 }
 
 
