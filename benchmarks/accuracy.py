@@ -4,12 +4,14 @@
 
 Weights and activations of 8 bits, of 6, and weights of 4 with activations of 8 (all in 8-bit integers, whose kernels
 are the same). "W8A8" is the recipe `int8` with images, "W8A8 data-free" the recipe `int8-datafree`; the others are
-these recipes with other widths. onnxruntime's own static quantization (uint8 activations, int8 weights per channel; it
-knows no other widths of convolutions) gets the same images, drawn at random from the training images.
+these recipes with other widths and `fold-reconstruction` behind `quantize`. onnxruntime's own static quantization
+(uint8 activations, int8 weights per channel; it knows no other widths of convolutions) gets the same images, drawn at
+random from the training images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from benchmarks import rivals
 from benchmarks.contest import node_count, open_file
 from benchmarks.models import DATA, cifar10, exported
 from benchmarks.results import Column, Goal, Results, Row, progress, read_options, stopwatch
+from graphopt.passes.fold_reconstruction import FoldReconstruction
 from graphopt.recipe import Recipe, preset
 
 MODELS = ("resnet20", "resnet56")
@@ -131,7 +134,12 @@ def _recipe(name: str, width: str) -> Recipe:
     """A recipe of the house with other widths; no operator is returned to float or more bits, so that they hold."""
     weight_bits, bits = WIDTHS[width]
     recipe = preset(name).with_options("quantize", bits=bits, weight_bits=weight_bits, search=False)
-    return recipe.with_options("migrate-scales", bits=bits, weight_bits=weight_bits)
+    recipe = recipe.with_options("migrate-scales", bits=bits, weight_bits=weight_bits)
+    if min(bits, weight_bits) == 8:
+        return recipe
+    last = [single.name for single in recipe.passes].index("quantize") + 1
+    rebuild = FoldReconstruction(source="probes" if name == "int8-datafree" else "auto")
+    return dataclasses.replace(recipe, passes=(*recipe.passes[:last], rebuild, *recipe.passes[last:]))
 
 
 def _goals(name: str, rows: Sequence[Row]) -> list[Goal]:

@@ -38,14 +38,13 @@ from graphopt.search import Allocation, allocation
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 FOLDED_RATIOS = (0.3, 0.5)
-BITS_RATIOS = (0.0, 0.3, 0.5)
+BITS_RATIOS = (0.3, 0.5)
 WIDTHS = tuple((weights, activations) for weights in (8, 6, 4) for activations in (8, 6))
-MACS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+MACS = (0.8, 0.7, 0.6, 0.5)
 """What is left of the multiply-accumulates, where allocations are compared."""
 BASELINE = "uniform, l2"
 STRATEGIES: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
     (BASELINE, "l2", "uniform", {}),
-    ("uniform, residual", "residual", "uniform", {}),
     ("global, residual", "residual", "global", {"normalise": "none", "gain": "mac"}),
     ("sensitivity of residuals", "residual", "sensitivity", {"objective": "residual"}),
 )

@@ -60,19 +60,17 @@ WITH_IMAGES = Variant(f"least squares, {IMAGES} images", FoldReconstruction(sour
 CLOSED = tuple(
     Variant(f"{name}{' + mean' if mean else ''}", FoldReconstruction(form=form, mean_correction=mean))
     for name, form, means in (
-        ("neuron merging", "neuron-merging", (False, True)),
-        ("LBYL", "lbyl", (False, True)),
+        ("neuron merging", "neuron-merging", (False,)),
+        ("LBYL", "lbyl", (False,)),
         ("ridge", "ridge", (False, True)),
         ("moments", "moments", (True,)),
     )
     for mean in means
 )
-"""Forms of the weights and the statistics alone, as published, and with the mean corrected."""
+"""Forms of the weights and the statistics alone: as published, and the ridge with the mean corrected."""
 FORMS = (
     PRUNE_ONLY,
-    Variant("mean", FoldReconstruction(form="mean")),
     *CLOSED,
-    NOISE,
     LEAVES,
     BEST_FREE,
     WITH_IMAGES,

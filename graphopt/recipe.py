@@ -39,17 +39,19 @@ _EXACT: tuple[str, ...] = (
 _LAST: tuple[str, ...] = ("merge-initializers",)
 _LOSSY: dict[str, tuple[bool, tuple[str, ...]]] = {
     "exact": (False, ()),
-    "int8": (False, ("quantize",)),
+    "int8": (False, ("migrate-scales", "quantize")),
+    "int8-datafree": (False, ("migrate-scales", "quantize")),
     "int8-qat": (False, ("train-quantized",)),
     "int4-qat": (False, ("train-quantized",)),
     "int4-weights": (False, ("quantize",)),
-    "default": (False, ("quantize",)),
+    "default": (False, ("migrate-scales", "quantize")),
     "fp16": (False, ("convert-float",)),
     "prune": (True, ()),
     "prune-int8": (True, ("quantize", "fold-reconstruction")),
 }
 """For each preset whether it prunes, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and `_LAST`."""
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "int8-datafree": {"migrate-scales": {"source": "probes"}, "quantize": {"source": "steered"}},
     "int4-qat": {"train-quantized": {"weight_bits": 4}},
     "int4-weights": {"fold-constants": {"growth": 0.0}, "quantize": {"form": "weights", "weight_bits": 4}},
 }
@@ -121,10 +123,12 @@ class Recipe:
 def preset(name: str) -> Recipe:
     """A recipe of the house, one of `PRESETS`. Raises `RecipeError` for another name.
 
-    `exact` rewrites without changing the function. `int8` quantizes after that. `default` is `int8` under a guard
-    that keeps a lossy pass only where its outputs stay near the original (or the user's metric does). `prune` removes
-    30 % of the units of every group and rebuilds what they did, before the exact passes, which would hide
-    BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and rebuilds what rounding did.
+    `exact` rewrites without changing the function. `int8` moves outliers into weights after that, and quantizes.
+    `int8-datafree` does so on made-up inputs and BatchNormalization statistics alone, whatever calibration there is.
+    `default` is `int8` under a guard that keeps a lossy pass only where its outputs stay near the original (or the
+    user's metric does). `prune` removes 30 % of the units of every group and rebuilds what they did, before the exact
+    passes, which would hide BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and
+    rebuilds what rounding did.
     `int8-qat` trains in the form of `int8` before it is written, `int4-qat` with weights of 4 bits.
     `int4-weights` stores weights as 4-bit integers and computes in floats; only passes that leave weights in their file
     come before.

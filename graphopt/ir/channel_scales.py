@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from graphopt.ir.linear import Linear
 from graphopt.ir.rewrite import Rewriter, constant_float64, constant_tensor, to_tensor
-from graphopt.ir.scale_rules import ScaledConstant, ScaleFlow
+from graphopt.ir.scale_flow import ScaledConstant, ScaleFlow
+from graphopt.ir.scale_rules import RULES
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 
 FIXED = -1
@@ -65,7 +66,7 @@ class ChannelScales:
     def __init__(self, model: ir.Model) -> None:
         """Analyse the main graph of a canonical model with shapes."""
         self.model = model
-        flow = ScaleFlow()
+        flow = ScaleFlow(RULES)
         flow.run(model.graph)
         labels = flow.labels
         found = [one.outs for one in flow.linears] + [one.ins for one in flow.linears]

@@ -1,19 +1,13 @@
-"""How positive factors pass through operators: one rule an operator, and what has none keeps its factor 1.
-
-A rule gives the outputs of a node their labels (`graphopt.ir.scale_labels`) and unifies or fixes those of its inputs,
-so that any factors that respect the labels leave every result the same but for its own factor. Constants that have to
-be scaled with them are noted as `ScaledConstant`, weights as `ScaledLinear`.
-"""
+"""How positive factors pass through operators: one rule an operator, and what has none keeps its factor 1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.linear import LINEAR_OPS, Linear, channel_axis, linear_at
+from graphopt.ir.linear import channel_axis, linear_at
 from graphopt.ir.match import axes_of, clip_bounds
 from graphopt.ir.rewrite import (
     FLOATING,
@@ -26,170 +20,8 @@ from graphopt.ir.rewrite import (
     rank,
     static_shape,
 )
-from graphopt.ir.scale_labels import ScaleLabels, dimensions
-
-_MOST_MADE = 2**20
-"""Elements up to which a constant may grow, or have factors of its own."""
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledLinear:
-    """A weight that takes its factors up: W'[m, c] = W[m, c] * factor of out m / factor of in c.
-
-    Attributes:
-        linear: the operator.
-        ins: labels int64 [in channels].
-        outs: labels int64 [out channels].
-    """
-
-    linear: Linear
-    ins: np.ndarray
-    outs: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledConstant:
-    """An operand that takes factors up: c' = c * factor of outs / factor of ins.
-
-    Attributes:
-        node: who reads it.
-        index: of the operand.
-        outs: labels that broadcast against it, and may make it larger.
-        ins: labels of what it is multiplied with; None where it is not.
-    """
-
-    node: ir.Node
-    index: int
-    outs: np.ndarray
-    ins: np.ndarray | None = None
-
-
-@dataclass
-class ScaleFlow:
-    """The rules, applied to a main graph node by node.
-
-    Attributes:
-        labels: of each value of it.
-        linears, constants: what is scaled, in graph order.
-        refused: linear operators that cannot be, and why.
-    """
-
-    labels: ScaleLabels = field(default_factory=ScaleLabels)
-    linears: list[ScaledLinear] = field(default_factory=list[ScaledLinear])
-    constants: list[ScaledConstant] = field(default_factory=list[ScaledConstant])
-    refused: list[tuple[ir.Node, str]] = field(default_factory=list["tuple[ir.Node, str]"])
-
-    def run(self, graph: ir.Graph) -> None:
-        """Label every value."""
-        for value in graph.inputs:
-            self._settle(value, "it is a graph input", value.name or "")
-        for node in graph:
-            self.visit(node)
-        for value in graph.outputs:
-            if value in self.labels:
-                self.labels.fix(self.labels[value], "it is a graph output", value.name or "")
-
-    def visit(self, node: ir.Node) -> None:
-        """Label the outputs of one node."""
-        rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        why = f"{node.op_type} does not pass a factor on"
-        noted = len(self.linears), len(self.constants)
-        try:
-            if rule is None:
-                raise DeclinedError(why)
-            if any(value.shape is None for value in node.outputs[:1]):
-                raise DeclinedError("the rank of its result is unknown")
-            rule(self, node)
-        except DeclinedError as refusal:
-            why = refusal.why
-            del self.linears[noted[0] :], self.constants[noted[1] :]
-            if is_op(node, *LINEAR_OPS):
-                self.refused.append((node, why))
-            self.fix_inputs(node, why)
-            self.labels[node.outputs[0]] = self._alone(node.outputs[0], why, _name(node))
-        for value in node.outputs[1:]:
-            if value not in self.labels:
-                self._settle(value, f"{node.op_type} does not pass a factor on", _name(node))
-
-    def fix_inputs(self, node: ir.Node, why: str, operands: Sequence[ir.Value | None] | None = None) -> None:
-        """Keep the factor of what a node reads, values that its subgraphs capture included, at 1."""
-        read = list(node.inputs if operands is None else operands)
-        if operands is None:
-            read += [value for graph in _subgraphs(node) for inner in graph.all_nodes() for value in inner.inputs]
-            read += [value for graph in _subgraphs(node) for value in graph.outputs]
-        for value in read:
-            if value is not None and value in self.labels:
-                self.labels.fix(self.labels[value], why, _name(node))
-
-    def of(self, node: ir.Node, index: int = 0) -> np.ndarray:
-        """The labels of an operand that is computed."""
-        value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None or value not in self.labels:
-            raise DeclinedError(f"an operand of {node.op_type} is constant")
-        if value.shape is None:
-            raise DeclinedError("the rank of its operand is unknown")
-        return self.labels[value]
-
-    def give(self, node: ir.Node, labels: np.ndarray, index: int = 0) -> None:
-        """Label an output."""
-        self.labels[node.outputs[index]] = labels
-
-    def operands(self, node: ir.Node) -> tuple[list[tuple[int, np.ndarray]], list[int]]:
-        """Computed operands with their labels padded to the rank of the result, and indices of the constant ones."""
-        of_rank = rank(node.outputs[0])
-        assert of_rank is not None
-        computed: list[tuple[int, np.ndarray]] = []
-        constants: list[int] = []
-        for index, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            if value in self.labels:
-                computed.append((index, _padded(self.of(node, index), of_rank)))
-            elif constant_tensor(value) is None:
-                raise DeclinedError("an operand comes from outside of the graph")
-            else:
-                constants.append(index)
-        return computed, constants
-
-    def scale(self, node: ir.Node, index: int, outs: np.ndarray, ins: np.ndarray | None = None) -> None:
-        """Let a constant operand take factors up. Raises `DeclinedError` where it is no floating-point constant."""
-        tensor = constant_tensor(node.inputs[index])
-        if tensor is None or tensor.dtype not in FLOATING:
-            raise DeclinedError(f"operand {index} of {node.op_type} is no floating-point constant")
-        self.constants.append(ScaledConstant(node, index, outs, ins))
-
-    def _settle(self, value: ir.Value, why: str, where: str) -> None:
-        self.labels[value] = self._alone(value, why, where)
-
-    def _alone(self, value: ir.Value, why: str, where: str) -> np.ndarray:
-        """A fixed label for the whole of a value."""
-        labels = self.labels.fresh((1,) * (rank(value) or 0))
-        self.labels.fix(labels, why, where)
-        return labels
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    graphs: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs += attribute.as_graphs()
-    return graphs
-
-
-def _padded(labels: np.ndarray, of_rank: int) -> np.ndarray:
-    return labels.reshape((1,) * (of_rank - labels.ndim) + labels.shape)
-
-
-def _number(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
-
+from graphopt.ir.scale_flow import MOST_MADE, Rule, ScaledLinear, ScaleFlow, number, padded
+from graphopt.ir.scale_labels import dimensions
 
 # One element to one element ---------------------------------------------------------------------------------
 
@@ -246,7 +78,7 @@ def _product(flow: ScaleFlow, node: ir.Node) -> None:
             flow.give(node, labels)
             return
         # a constant for each channel may scale what it makes anew, as a normalisation does
-        outs = flow.labels.fresh((*(1,) * (labels.ndim - len(shape)), *shape)) if tensor.size <= _MOST_MADE else labels
+        outs = flow.labels.fresh((*(1,) * (labels.ndim - len(shape)), *shape)) if tensor.size <= MOST_MADE else labels
         if outs is labels or any(
             known != 1 and wide == 1 for known, wide in zip(labels.shape, outs.shape, strict=True)
         ):
@@ -268,7 +100,7 @@ def _product(flow: ScaleFlow, node: ir.Node) -> None:
 
 def _where(flow: ScaleFlow, node: ir.Node) -> None:
     of_rank = rank(node.outputs[0]) or 0
-    parts = [_padded(flow.of(node, index), of_rank) for index in (1, 2)]
+    parts = [padded(flow.of(node, index), of_rank) for index in (1, 2)]
     flow.labels.unify(*parts)
     flow.give(node, np.broadcast_arrays(*parts)[0])
 
@@ -285,12 +117,12 @@ def _reduce(flow: ScaleFlow, node: ir.Node) -> None:
     labels, axes = flow.of(node), axes_of(node)
     if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
         raise DeclinedError("its axes are computed at run time")
-    if axes is None and _number(node, "noop_with_empty_axes", 0):
+    if axes is None and number(node, "noop_with_empty_axes", 0):
         flow.give(node, labels)
         return
     gone = {axis % labels.ndim for axis in (axes if axes else range(labels.ndim))}
     labels = flow.labels.collapse(labels, gone)
-    if not _number(node, "keepdims", 1):
+    if not number(node, "keepdims", 1):
         labels = labels.reshape([size for axis, size in enumerate(labels.shape) if axis not in gone])
     flow.give(node, labels)
 
@@ -326,50 +158,45 @@ def _transpose(flow: ScaleFlow, node: ir.Node) -> None:
 
 def _expand(flow: ScaleFlow, node: ir.Node) -> None:
     of_rank, tensor = rank(node.outputs[0]) or 0, constant_tensor(node.inputs[0])
-    if tensor is not None and tensor.size <= _MOST_MADE:
+    if tensor is not None and tensor.size <= MOST_MADE:
         outs = flow.labels.fresh(tensor.shape.numpy())
         flow.scale(node, 0, outs)
-        flow.give(node, _padded(outs, of_rank))
+        flow.give(node, padded(outs, of_rank))
         return
-    flow.give(node, _padded(flow.of(node), of_rank))
+    flow.give(node, padded(flow.of(node), of_rank))
 
 
 def _concat(flow: ScaleFlow, node: ir.Node) -> None:
+    """Parts keep their factors; constant ones get factors of their own wherever those of the others vary."""
     of_rank = rank(node.outputs[0]) or 0
-    axis = _number(node, "axis", 0) % of_rank
-    parts: list[np.ndarray] = []
-    made: list[tuple[int, np.ndarray]] = []
+    axis = number(node, "axis", 0) % of_rank
     sizes = [None if value is None else known_dim(value, axis) for value in node.inputs]
     told_apart = all(size is not None for size in sizes)
-    for index, (value, size) in enumerate(zip(node.inputs, sizes, strict=True)):
-        if value is not None and value in flow.labels:
-            labels = flow.of(node, index)
-        else:
-            labels = flow.labels.fresh([(size or 1) if at == axis else 1 for at in range(of_rank)])
-            made.append((index, labels))
-        if not told_apart:
-            labels = flow.labels.collapse(labels, [axis])
-        else:
-            labels = np.broadcast_to(labels, [size or 1 if at == axis else n for at, n in enumerate(labels.shape)])
-        parts.append(labels)
-    wide = np.broadcast_shapes(*([1 if at == axis else n for at, n in enumerate(part.shape)] for part in parts))
-    for index, labels in made:
-        whole = np.broadcast_to(
-            parts[index], [parts[index].shape[at] if at == axis else n for at, n in enumerate(wide)]
-        )
-        flow.scale(node, index, whole if whole.size <= _MOST_MADE else labels)
+    computed = {index: flow.of(node, index) for index, value in enumerate(node.inputs) if value in flow.labels}
+    if not told_apart:
+        computed = {index: flow.labels.collapse(labels, [axis]) for index, labels in computed.items()}
+    across = np.broadcast_shapes(*((*of.shape[:axis], 1, *of.shape[axis + 1 :]) for of in computed.values()))
+    parts: list[np.ndarray] = []
+    for index, size in enumerate(sizes):
+        shape = (*across[:axis], size if told_apart and size else 1, *across[axis + 1 :])
+        if index in computed:
+            parts.append(np.broadcast_to(computed[index], shape))
+            continue
+        if np.prod(shape) > MOST_MADE:
+            raise DeclinedError("a constant of it is too large to be scaled")
+        parts.append(flow.labels.fresh(shape))
+        flow.scale(node, index, parts[-1])
     if not told_apart:
         for part in parts[1:]:
             flow.labels.unify(parts[0], part)
-        flow.give(node, np.broadcast_arrays(*parts)[0])
+        flow.give(node, parts[0])
         return
-    full = [np.broadcast_to(part, [part.shape[at] if at == axis else n for at, n in enumerate(wide)]) for part in parts]
-    flow.give(node, np.concatenate(full, axis=axis))
+    flow.give(node, np.concatenate(parts, axis=axis))
 
 
 def _split(flow: ScaleFlow, node: ir.Node) -> None:
     labels = flow.of(node)
-    axis = _number(node, "axis", 0) % labels.ndim
+    axis = number(node, "axis", 0) % labels.ndim
     if labels.shape[axis] > 1:
         sizes = [known_dim(value, axis) for value in node.outputs]
         known = [size for size in sizes if size is not None]
@@ -405,7 +232,7 @@ def _gather(flow: ScaleFlow, node: ir.Node) -> None:
     table, indices = node.inputs[:2]
     assert table is not None
     assert indices is not None
-    axis = _number(node, "axis", 0)
+    axis = number(node, "axis", 0)
     of_indices = rank(indices)
     if of_indices is None:
         raise DeclinedError("the rank of its indices is unknown")
@@ -453,7 +280,7 @@ def _pad(flow: ScaleFlow, node: ir.Node) -> None:
 def _blocks_to_space(flow: ScaleFlow, node: ir.Node) -> None:
     """DepthToSpace: the channels that become one channel share a factor."""
     labels = flow.labels.collapse(flow.of(node), (0, 2, 3))
-    block, mode = _number(node, "blocksize", 1) ** 2, node.attributes.get("mode")
+    block, mode = number(node, "blocksize", 1) ** 2, node.attributes.get("mode")
     if labels.shape[1] > 1:
         crd = mode is not None and mode.as_string() == "CRD"
         square = labels.reshape((-1, block) if crd else (block, -1))
@@ -500,7 +327,7 @@ def _linear(flow: ScaleFlow, node: ir.Node) -> None:
 
 def _reading(node: ir.Node, index: int) -> tuple[object, ...]:
     """How a node lays out the weight that is its operand `index`."""
-    return node.op_type, node.domain, index, *(_number(node, name, 0) for name in ("transB", "group"))
+    return node.op_type, node.domain, index, *(number(node, name, 0) for name in ("transB", "group"))
 
 
 def _attention_product(flow: ScaleFlow, node: ir.Node) -> None:
@@ -513,7 +340,7 @@ def _attention_product(flow: ScaleFlow, node: ir.Node) -> None:
     for index, (side, axis) in enumerate(zip(sides, summed, strict=True)):
         other = sides[1 - index]
         if flow.labels.is_fixed(other).all() and side.shape[axis] == 1:
-            flow.give(node, _padded(side, of_rank))
+            flow.give(node, padded(side, of_rank))
             return
     raise DeclinedError("both factors of the product are computed")
 
@@ -521,7 +348,7 @@ def _attention_product(flow: ScaleFlow, node: ir.Node) -> None:
 def _attention(flow: ScaleFlow, node: ir.Node) -> None:
     """softmax(q k^T) (s v) = s softmax(q k^T) v, with as many heads of values as of queries, and no cache."""
     others = [value for index, value in enumerate(node.inputs) if index != 2]
-    heads = [_number(node, name, 0) for name in ("q_num_heads", "kv_num_heads")]
+    heads = [number(node, name, 0) for name in ("q_num_heads", "kv_num_heads")]
     labels = flow.of(node, 2)
     cached = any(value is not None for value in node.inputs[4:6]) or len(node.outputs) > 1
     if cached or heads[0] != heads[1] or node.inputs[2] in others:
@@ -552,17 +379,16 @@ def _normalization(flow: ScaleFlow, node: ir.Node) -> None:
     for index in (1, 2):
         if index < len(node.inputs) and node.inputs[index] is not None:
             flow.scale(node, index, outs)
-    flow.give(node, _padded(outs, of_rank) if last else outs.reshape((1, -1) + (1,) * (of_rank - 2)))
+    flow.give(node, padded(outs, of_rank) if last else outs.reshape((1, -1) + (1,) * (of_rank - 2)))
 
 
 def _batch_normalization(flow: ScaleFlow, node: ir.Node) -> None:
-    if _number(node, "training_mode", 0):
+    if number(node, "training_mode", 0):
         raise DeclinedError("it is in training mode")
     _normalization(flow, node)
 
 
-Rule = Callable[[ScaleFlow, ir.Node], None]
-_RULES: dict[str, Rule] = {
+RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Relu", "LeakyRelu", "Identity", "Neg", "Abs"), _same),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean", "Max", "Min"), _sum),
     **dict.fromkeys(("Mul", "Div"), _product),
@@ -578,3 +404,4 @@ _RULES: dict[str, Rule] = {
     "Concat": _concat, "DepthToSpace": _blocks_to_space, "Expand": _expand, "Gather": _gather, "PRelu": _prelu,
     "Pad": _pad, "Resize": _resize, "Slice": _slice, "Split": _split, "Transpose": _transpose, "Where": _where,
 }  # fmt: skip
+"""Rules by operator of the standard domain."""

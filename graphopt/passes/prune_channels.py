@@ -55,7 +55,7 @@ class PruneChannels(Pass):
         criterion: name in `graphopt.criteria.CRITERIA`, or a criterion; in TOML also a table with its name and options.
         allocation: name in `graphopt.search.ALLOCATIONS`, or an allocation; in TOML also a table.
         round_to: widths are multiples of this; 1 for any width, None for what the target's kernels are fast at:
-            multiples of 16, of a quarter of narrow groups (`graphopt.search.rounding.step_of`).
+            multiples of 16, of less in narrow groups (`graphopt.search.rounding.step_of`).
         keep: shell patterns of names of groups, weights or nodes; whatever owns a part of these stays whole.
         min_units: how many units of each group stay at least.
         skip: shell patterns of roles that are left whole. By default what cuts twice or cannot be cut exactly:
@@ -81,7 +81,7 @@ class PruneChannels(Pass):
     After::
 
         <ir_version: 10, opset_import: ["": 21]>
-        g (float[N,3,8,8] x, float[12,3,3,3] w_a, float[12] w_b, float[4,12,3,3] w_c) => (float[N,4,4,4] y) {
+        g (float[N,3,8,8] x, float[8,3,3,3] w_a, float[8] w_b, float[4,8,3,3] w_c) => (float[N,4,4,4] y) {
           a = Conv (x, w_a, w_b)
           r = Relu (a)
           y = Conv (r, w_c)

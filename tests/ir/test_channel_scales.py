@@ -104,6 +104,12 @@ CASES = {
                "<int64[1] s = {1}, int64[1] e = {5}, int64[1] ax = {1}>"
                "{ h = MatMul(x, a) r = Relu(h) t = Slice(r, s, e, ax) y = MatMul(t, c) }",
                {"a": (3, 6), "c": (4, 2)}, 6),
+    "class token": ("g (float[1,5,3] x, float[3,4] a, float[1,1,4] k, float[4,2] c) => (float[1,6,2] y)"
+                    "{ h = MatMul(x, a) t = Concat <axis = 1> (k, h) r = Relu(t) y = MatMul(r, c) }",
+                    {"a": (3, 4), "k": (1, 1, 4), "c": (4, 2)}, 4),
+    "constant channels": ("g (float[1,3,4,4] x, float[4,3,1,1] a, float[1,2,4,4] k, float[2,6,1,1] c)"
+                          "=> (float[1,2,4,4] y) { h = Conv(x, a) t = Concat <axis = 1> (k, h) y = Conv(t, c) }",
+                          {"a": (4, 3, 1, 1), "k": (1, 2, 4, 4), "c": (2, 6, 1, 1)}, 6),
     "bounded": ("g (float[n,3] x, float[3,4] a, float[4,2] c) => (float[n,2] y) <float six = {6}, float zero = {0}>"
                 "{ h = MatMul(x, a) r = Clip(h, zero, six) y = MatMul(r, c) }", {"a": (3, 4), "c": (4, 2)}, 0),
     "captured": ("g (float[n,3] x, float[3,4] a, float[4,2] c, bool t) => (float[n,2] y)"

@@ -233,7 +233,7 @@ def test_targets_are_met(kind: str, allocation: str) -> None:
 
 def test_widths_are_rounded_for_the_kernels_unless_asked_not_to() -> None:
     model = conv_net((3, 16, 32, 64, 100, 8))
-    assert [group.kept for group in PruneChannels(ratio=0.3).plan(model).groups] == [12, 24, 48, 64]
+    assert [group.kept for group in PruneChannels(ratio=0.3).plan(model).groups] == [8, 32, 48, 64]
     assert [group.kept for group in PruneChannels(ratio=0.3, round_to=1).plan(model).groups] == [11, 22, 45, 70]
     assert [group.kept for group in PruneChannels(ratio=0.3, round_to=10).plan(model).groups] == [10, 20, 40, 70]
 
@@ -242,7 +242,7 @@ def test_a_ratio_that_the_widths_do_not_allow_is_noted() -> None:
     context = Context()
     plan = PruneChannels(ratio=0.3).plan(conv_net((3, 16, 8)), context)
     (note,) = plan.notes
-    assert note.startswith("0.25 of the units go, 0.3 were asked for")
+    assert note.startswith("0.5 of the units go, 0.3 were asked for")
     assert note in [remark.why for remark in context.remarks]
     assert note in str(plan)
     assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

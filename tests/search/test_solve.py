@@ -63,6 +63,14 @@ def test_ratio_rounds_to_the_nearest_width() -> None:
     assert [len(units) for units in coarse.removed.values()] == [16, 16, 0]  # 44.8 -> 48, 22.4 -> 16, 11.2 -> 16
 
 
+def test_a_ratio_is_met_by_rounding_some_groups_to_the_other_side() -> None:
+    given = problem(conv_net((3, 32, 32, 32, 32, 8)), Target("units", 0.7), step=16)
+    removed = [len(units) for units in solve(given, Uniform()).removed.values()]
+    assert sorted(removed) == [0, 0, 16, 16]  # each alone would go from 22.4 to 16: half of all instead of 0.3
+    cheapest = sorted(given.candidates, key=lambda one: one.price(0, 16))[:2]
+    assert {one.name for one in cheapest} == {name for name, units in solve(given, Uniform()).removed.items() if units}
+
+
 def test_everything_is_a_target_too() -> None:
     for kind in ("units", "macs"):
         solution = solve(problem(conv_net(), Target(kind, 1.0)), Uniform())
