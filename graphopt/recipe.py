@@ -51,7 +51,9 @@ _LOSSY: dict[str, tuple[bool, tuple[str, ...]]] = {
 }
 """For each preset whether it prunes, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and `_LAST`."""
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "int8-datafree": {"migrate-scales": {"source": "probes"}, "quantize": {"source": "steered"}},
+    "int8": {"quantize": {"measure": True}},
+    "default": {"quantize": {"measure": True}},
+    "int8-datafree": {"migrate-scales": {"source": "probes"}, "quantize": {"source": "steered", "measure": True}},
     "int4-qat": {"train-quantized": {"weight_bits": 4}},
     "int4-weights": {"fold-constants": {"growth": 0.0}, "quantize": {"form": "weights", "weight_bits": 4}},
 }
@@ -80,7 +82,7 @@ class Recipe:
 
     Example:
         >>> [str(step) for step in preset("int8").passes][-2:]
-        ['quantize', 'merge-initializers']
+        ['quantize(measure=True)', 'merge-initializers']
     """
 
     name: str
@@ -111,7 +113,7 @@ class Recipe:
 
         Example:
             >>> str(preset("int8").with_options("quantize", ranges="entropy").passes[-2])
-            "quantize(ranges='entropy')"
+            "quantize(ranges='entropy', measure=True)"
         """
         names = tuple(dict.fromkeys(single.name for single in self.passes))
         if name not in names:

@@ -81,6 +81,13 @@ class ScaleFlow:
             self._settle(value, "it is a graph input", value.name or "")
         for node in graph:
             self.visit(node)
+        kept = {value for node, _ in self.refused for value in node.inputs}
+        for one in self.linears:
+            if one.linear.node.inputs[one.linear.weight_index] in kept and False:
+                for labels in (one.ins, one.outs):
+                    self.labels.fix(
+                        labels, "its weight is read by an operator that passes no factor on", node_name(one.linear.node)
+                    )
         for value in graph.outputs:
             if value in self.labels:
                 self.labels.fix(self.labels[value], "it is a graph output", value.name or "")

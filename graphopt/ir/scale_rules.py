@@ -172,7 +172,11 @@ def _concat(flow: ScaleFlow, node: ir.Node) -> None:
     axis = number(node, "axis", 0) % of_rank
     sizes = [None if value is None else known_dim(value, axis) for value in node.inputs]
     told_apart = all(size is not None for size in sizes)
-    computed = {index: flow.of(node, index) for index, value in enumerate(node.inputs) if value in flow.labels}
+    computed = {
+        index: flow.of(node, index)
+        for index, value in enumerate(node.inputs)
+        if value is not None and value in flow.labels
+    }
     if not told_apart:
         computed = {index: flow.labels.collapse(labels, [axis]) for index, labels in computed.items()}
     across = np.broadcast_shapes(*((*of.shape[:axis], 1, *of.shape[axis + 1 :]) for of in computed.values()))

@@ -202,7 +202,7 @@ class _Search:
         return self.problem.costs.remaining(self.removed(), self.problem.target.kind) * self.factor
 
     def even_out(self) -> None:
-        """Move packets, either way, while one brings the number of units nearer to the target, the cheapest of equals."""
+        """Move packets while one brings the number of units nearer to the target, the cheapest of equals first."""
         total = sum(candidate.units for candidate in self._by_name.values())
         wanted = self.problem.target.share * total
         for _ in range(_MOVES):

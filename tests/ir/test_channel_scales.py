@@ -92,6 +92,10 @@ CASES = {
     "tied weight": ("g (float[n,4] x, float[4,4] a, float[4,2] c) => (float[n,2] y)"
                     "{ h = MatMul(x, a) r = Relu(h) i = MatMul(r, a) s = Relu(i) y = MatMul(s, c) }",
                     {"a": (4, 4), "c": (4, 2)}, 0),
+    "weight of constant data": ("g (float[n,4] x, float[5,4] k, float[4,3] e, float[3,4] a, float[4,2] c)"
+                                "=> (float[n,2] y, float[5,2] z)"
+                                "{ h = MatMul(x, e) g0 = MatMul(h, a) r = Relu(g0) y = MatMul(r, c) z = MatMul(k, c) }",
+                                {"k": (5, 4), "e": (4, 3), "a": (3, 4), "c": (4, 2)}, 3),
     "siamese": ("g (float[n,4] x, float[n,4] z, float[4,3] a, float[3,2] c) => (float[n,2] y)"
                 "{ h = MatMul(x, a) i = MatMul(z, a) d = Sub(h, i) e = Abs(d) y = MatMul(e, c) }",
                 {"a": (4, 3), "c": (3, 2)}, 3),

@@ -235,7 +235,7 @@ def test_widths_are_rounded_for_the_kernels_unless_asked_not_to() -> None:
     model = conv_net((3, 16, 32, 64, 100, 8))
     assert [group.kept for group in PruneChannels(ratio=0.3).plan(model).groups] == [8, 32, 48, 64]
     assert [group.kept for group in PruneChannels(ratio=0.3, round_to=1).plan(model).groups] == [11, 22, 45, 70]
-    assert [group.kept for group in PruneChannels(ratio=0.3, round_to=10).plan(model).groups] == [10, 20, 40, 70]
+    assert [group.kept for group in PruneChannels(ratio=0.3, round_to=10).plan(model).groups] == [10, 30, 40, 70]
 
 
 def test_a_ratio_that_the_widths_do_not_allow_is_noted() -> None:
