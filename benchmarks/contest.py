@@ -1,6 +1,6 @@
 """How much faster one model file is than others: sessions on the files, in turns, in this process, several times over.
 
-Each rival meets the subject in pairs (`graphopt.export.benchmark.interleave` on two sessions: A B B A A B ...), so
+Each rival meets the subject in pairs (`graphopt.ir.timing.interleave` on two sessions: A B B A A B ...), so
 that both find the caches equally warm. With three or more sessions in one round the ones at its ends would run twice
 in a row, which alone is worth 3 to 5 % on MobileNetV2. All files are opened anew for each of several openings: where
 the allocator happens to put the weights moves a session by a few percent for its whole life, and an opening draws
@@ -38,12 +38,14 @@ class Contest:
         pairs: by rival, one `Benchmark` of (subject, rival) an opening.
         load_seconds: by model, the median time over the openings to open a session on its file.
         errors: by model, largest output error relative to the output's scale against the reference file.
+        threads: intra-op threads of all sessions.
     """
 
     subject: str
     pairs: Mapping[str, tuple[Benchmark, ...]]
     load_seconds: Mapping[str, float]
     errors: Mapping[str, float]
+    threads: int = 1
 
     def speed_over(self, rival: str) -> Speed:
         """How many times faster the subject is than a rival: medians over the openings of median and quartiles."""
@@ -78,8 +80,8 @@ class Contest:
         }
         return {
             "subject": self.subject,
-            "threads": 1,
-            "clock": "CPU time of the calling thread",
+            "threads": self.threads,
+            "clock": "CPU time of the calling thread" if self.threads == 1 else "wall",
             "rivals": rivals,
             "load_seconds": dict(self.load_seconds),
             "errors": dict(self.errors),
@@ -93,8 +95,9 @@ def contest(
     seconds: float,
     openings: int = 3,
     feeds: Mapping[str, np.ndarray] | None = None,
+    threads: int = 1,
 ) -> Contest:
-    """Time the first file against each of the others, one thread.
+    """Time the first file against each of the others.
 
     Args:
         files: name to ONNX file; the first is the subject. All have the same inputs and outputs.
@@ -102,6 +105,7 @@ def contest(
         seconds: how long to time each pair, all openings together.
         openings: how often all sessions are opened anew.
         feeds: one set of inputs; a fixed probe where not given.
+        threads: intra-op threads; with more than one the clock is the wall's, which needs a quiet machine.
 
     Raises:
         onnxruntime.capi.onnxruntime_pybind11_state.Fail and its like: onnxruntime cannot open a file.
@@ -115,7 +119,7 @@ def contest(
         sessions.clear()
         for name in list(files)[:: 1 if opening % 2 == 0 else -1]:
             start = time.perf_counter()
-            sessions[name] = open_file(files[name])
+            sessions[name] = open_file(files[name], threads=threads)
             loads[name].append(time.perf_counter() - start)
         for name in rivals:
             pairs[name].append(
@@ -124,7 +128,7 @@ def contest(
                     inputs,
                     names=(subject, name),
                     seconds=seconds / openings,
-                    threads=1,
+                    threads=threads,
                     target="cpu",
                 )
             )
@@ -134,12 +138,13 @@ def contest(
         {name: tuple(found) for name, found in pairs.items()},
         {name: statistics.median(times) for name, times in loads.items()},
         {name: compare_outputs(expected, session.run_feeds(inputs)) for name, session in sessions.items()},
+        threads,
     )
 
 
-def open_file(path: Path, *, optimized: bool = True) -> Session:
-    """A session on a file exactly as it is, one thread; `optimized=False` disables onnxruntime's own optimisations."""
-    options = session_options(threads=1, optimized=optimized)
+def open_file(path: Path, *, optimized: bool = True, threads: int = 1) -> Session:
+    """A session on a file exactly as it is; `optimized=False` disables onnxruntime's own optimisations."""
+    options = session_options(threads=threads, optimized=optimized)
     return Session(str(path), options, providers=providers("cpu"))
 
 

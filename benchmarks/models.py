@@ -21,13 +21,14 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def exported(name: str) -> Path:
+def exported(name: str, batch: int = 1) -> Path:
     """Path of the plain torch export of a network of `NETWORKS`; done once for each torch and transformers version."""
     versions = "-".join(f"{package}-{version(package)}" for package in ("torch", "transformers"))
-    path = CACHE / versions / f"{name}.onnx"
+    path = CACHE / versions / (f"{name}.onnx" if batch == 1 else f"{name}-batch{batch}.onnx")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         module, inputs = NETWORKS[name]()
+        inputs = {key: value.repeat(batch, *[1] * (value.ndim - 1)) for key, value in inputs.items()}
         unfinished = path.with_suffix(".part")
         _export(module, inputs, unfinished)
         unfinished.replace(path)

@@ -83,7 +83,7 @@ class ScaleFlow:
             self.visit(node)
         kept = {value for node, _ in self.refused for value in node.inputs}
         for one in self.linears:
-            if one.linear.node.inputs[one.linear.weight_index] in kept and False:
+            if one.linear.node.inputs[one.linear.weight_index] in kept:
                 for labels in (one.ins, one.outs):
                     self.labels.fix(
                         labels, "its weight is read by an operator that passes no factor on", node_name(one.linear.node)
