@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -131,7 +132,7 @@ def diagnose_recipe(
     model, context = _prepared(source, inputs, calibration, specs, target, threads)
     for single in chosen.passes:
         if isinstance(single, Quantize):
-            plan = single.plan(model, context)
+            plan = replace(single, measure=False).plan(model, context)
             batches = context.inputs(model, "probes" if calibration is None else "calibration", samples).batches
             return diagnose(model, plan, batches, measure=measure, threads=threads)
         single.run(model, context)

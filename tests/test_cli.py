@@ -184,7 +184,7 @@ def test_prune_int8_rounds_what_was_pruned(wide_file: Path, tmp_path: Path) -> N
     )
     assert code == 0
     shapes = [value.shape for value in load(out).graph.initializers.values()]
-    assert sorted(tuple(shape) for shape in shapes if len(shape) == 4) == [(4, 24, 3, 3), (24, 3, 3, 3)]
+    assert sorted(tuple(shape) for shape in shapes if len(shape) == 4) == [(4, 16, 3, 3), (16, 3, 3, 3)]
 
 
 def test_a_pruning_beyond_the_tolerance_is_rolled_back_and_missed(

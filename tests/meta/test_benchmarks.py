@@ -19,6 +19,7 @@ from graphopt.passes.prune_channels import PruneChannels
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MEASURING = (
     *("accuracy", "channels", "channels_scale", "cost", "datafree", "exact", "int8", "lift", "old_file", "training"),
+    "weights",
 )
 WITH_DATA = {"accuracy", "datafree", "training"}
 """Those that need ../shared/data, and are run only where it is."""

@@ -332,9 +332,10 @@ def test_plot_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_recipe_is_diagnosed_without_a_search() -> None:
-    found = diagnose_recipe(outlier(), calibration=feeds(3, (2, 3, 16, 16)))
+    found = diagnose_recipe(outlier(), recipe=["quantize"], calibration=feeds(3, (2, 3, 16, 16)))
     assert found.error > 0.3
     assert found.operators[0].alone > 0.3
+    assert diagnose_recipe(outlier(), calibration=feeds(3, (2, 3, 16, 16))).error < 0.05, "migrate-scales mends it"
 
 
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +344,9 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
 
     path = save(outlier(), tmp_path / "net.onnx")
     np.save(tmp_path / "images.npy", np.concatenate([one["x"] for one in feeds(4)]))
+    (tmp_path / "plain.toml").write_text('[[pass]]\nname = "quantize"\n', encoding="utf-8")
     common = ["diagnose", str(path), "--calibration", str(tmp_path / "images.npy")]
+    common += ["--recipe", str(tmp_path / "plain.toml")]
     with pytest.raises(SystemExit) as done:
         main([*common, "--plot", str(tmp_path / "loss.svg")])
     assert done.value.code == 0
