@@ -7,9 +7,12 @@ import onnx_ir as ir
 
 from graphopt.ir.propagate import Facts
 
+_WINDOWS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "MaxPool": None, "AveragePool": None, "LpPool": None}
+"""Operators with windows that slide, and which of their inputs is the weight."""
+
 
 def write_defaults_out(model: ir.Model, facts: Facts) -> None:
-    """Write the axes of Squeeze, the sizes of Split and the scale of Attention explicitly, where they are known."""
+    """Write out axes of Squeeze, sizes of Split, scale of Attention and `auto_pad` of windows, where they are known."""
     for graph in model.graphs():
         for node in graph:
             if node.domain != "":
@@ -20,6 +23,8 @@ def write_defaults_out(model: ir.Model, facts: Facts) -> None:
                 _split_sizes(model.graph, node, facts)
             elif node.op_type == "Attention":
                 _attention_scale(node, facts)
+            elif node.op_type in _WINDOWS:
+                _pads(node)
 
 
 def _squeeze_axes(graph: ir.Graph, node: ir.Node, facts: Facts) -> None:
@@ -72,3 +77,36 @@ def _append_input(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray,
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
+
+
+def _pads(node: ir.Node) -> None:
+    """`auto_pad` as pads: SAME needs the size of the input only where windows move by more than one.
+
+    onnxruntime does not run SAME with dilations, so that stays as it is.
+    """
+    auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+    weight_index, data = _WINDOWS[node.op_type], node.inputs[0]
+    weight = None if weight_index is None else node.inputs[weight_index]
+    shape = weight.shape if weight is not None and weight.shape is not None else None
+    kernel = list(shape)[2:] if shape is not None else []
+    if "kernel_shape" in node.attributes:
+        kernel = list(node.attributes["kernel_shape"].as_ints())
+    steps, gaps = (
+        list(node.attributes[name].as_ints()) if name in node.attributes else [1] * len(kernel)
+        for name in ("strides", "dilations")
+    )
+    rounds_up = "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int()
+    if auto == "NOTSET" or rounds_up or not kernel or data is None or any(gap != 1 for gap in gaps):
+        return
+    begins, ends = [0] * len(kernel), [0] * len(kernel)
+    sizes = [None] * len(kernel) if data.shape is None else list(data.shape)[2:]
+    for axis, (width, step, size) in enumerate(zip(kernel, steps, sizes, strict=True) if auto != "VALID" else ()):
+        if not isinstance(width, int) or not (step == 1 or isinstance(size, int)):
+            return
+        total = width - 1
+        if step != 1 and isinstance(size, int):
+            total = max((-(-size // step) - 1) * step + width - size, 0)
+        first, second = total // 2, total - total // 2
+        begins[axis], ends[axis] = (first, second) if auto == "SAME_UPPER" else (second, first)
+    node.attributes.pop("auto_pad", None)
+    node.attributes["pads"] = ir.AttrInt64s("pads", begins + ends)

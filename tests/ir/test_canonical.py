@@ -221,3 +221,29 @@ def test_a_size_clamped_to_a_maximum_is_no_constant(maximum: int, given: str | N
     result = canonicalize(model.clone(), sizes=None if given is None else {"n": maximum})
     for count in sorted({1, 2, 3, maximum}):
         assert_same_function(model, result, (count, 6))
+
+
+@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize(
+    "window",
+    [
+        "y = Conv <auto_pad = AUTO, strides = [STEP, STEP]> (x, w)",
+        "y = MaxPool <auto_pad = AUTO, kernel_shape = [4, 3], strides = [STEP, STEP]> (x)",
+        "y = AveragePool <auto_pad = AUTO, kernel_shape = [4, 3], strides = [STEP, STEP]> (x)",
+    ],
+)
+def test_automatic_pads_are_written_out(auto: str, step: int, window: str) -> None:
+    body = window.replace("AUTO", f'"{auto}"').replace("STEP", str(step))
+    weights = ", ".join(["0.5", "-1", "2"] * 16)
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[n,2,11,SIZE] x) => (float[n,c,a,b] y)
+        <float[2,2,4,3] w = {{{weights}}}> {{ {body} }}"""
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 2, 11, 12)).astype(np.float32)}
+    for size in ("12", "width"):
+        original = ir.from_onnx_text(text.replace("SIZE", size))
+        model = load(original.clone())
+        (node,) = model.graph
+        is_known = size == "12" or step == 1 or auto == "VALID"
+        assert ("auto_pad" not in node.attributes) == is_known
+        expected, found = (open_session(one).run_feeds(feeds)[0] for one in (original, model))
+        np.testing.assert_array_equal(found, expected)
