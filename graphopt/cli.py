@@ -40,7 +40,7 @@ Inputs = Annotated[
     typer.Option("--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"),
 ]
 Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)]
-Target = Annotated[str, typer.Option(help="cpu or cuda")]
+Target = Annotated[str, typer.Option(help="cpu, cuda or openvino")]
 CalibrationPath = Annotated[
     Path | None,
     typer.Option(

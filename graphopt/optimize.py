@@ -58,7 +58,7 @@ class Result:
         model: the optimized graph.
         report: the proof, see `graphopt.export.report.Report`; print it, or `report.to_json()`.
         original: the graph as it was given (or as torch exported it).
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
     """
 
     model: ir.Model
@@ -121,7 +121,7 @@ def optimize(
         kwargs: example keyword inputs of a module; for ONNX, arrays by input name.
         recipe: "default", "exact", "int8", "prune", "prune-int8", "int8-qat" or another of
             `graphopt.recipe.PRESETS`, the path of a TOML file, a `Recipe`, or a list of passes.
-        target: "cpu" or "cuda", where the result is to run.
+        target: "cpu", "cuda" or "openvino", where the result is to run.
         dynamic_shapes: for a module, as for `torch.export.export`.
         calibration: iterable of inputs (arrays, tuples or dicts) for quantization and reconstruction; None works
             without data.

@@ -89,7 +89,7 @@ class Guard:
         original: the model as the user gave it.
         feeds: example or probe inputs; outputs are compared on all, time is taken on the first.
         budget: what lossy passes may cost.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
         threads: intra-op threads of all sessions.
         sizes: elements of the symbolic dimensions in the feeds.
         counted: on how many of the feeds, from the first, the error of a lossy graph is judged; None for all. The

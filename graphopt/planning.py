@@ -59,7 +59,7 @@ def plan_recipe(
         recipe: as for `graphopt.optimize`.
         calibration: as for `graphopt.optimize`.
         specs: what is known of the inputs, by name; as `inputs` of `graphopt.optimize`.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
         threads: of onnxruntime and torch, 0 for their own defaults.
 
     Raises:
@@ -110,7 +110,7 @@ def diagnose_recipe(
         recipe: as for `graphopt.optimize`; the passes before `quantize` run.
         calibration: as for `graphopt.optimize`; ranges come from it, and what is compared is run on it.
         specs: what is known of the inputs, by name; as `inputs` of `graphopt.optimize`.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
         threads: of onnxruntime, 0 for all cores.
         samples: how many samples of the calibration, or made-up ones, the nets are compared on.
         measure: "rms", "kl" (for class logits), or a function of the float and the quantized outputs.
@@ -132,6 +132,7 @@ def diagnose_recipe(
     model, context = _prepared(source, inputs, calibration, specs, target, threads)
     for single in chosen.passes:
         if isinstance(single, Quantize):
+            model = single.unquantized(model, context)
             plan = replace(single, measure=False).plan(model, context)
             batches = context.inputs(model, "probes" if calibration is None else "calibration", samples).batches
             return diagnose(model, plan, batches, measure=measure, threads=threads)

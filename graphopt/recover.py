@@ -46,7 +46,7 @@ class Recovery:
         notes: what you should know, one sentence each.
         seconds: wall clock time, measurements included.
         module: what was trained, with its insertions and the weights of `model`, in evaluation mode.
-        target: "cpu" or "cuda", where sessions run.
+        target: "cpu", "cuda" or "openvino", where sessions run.
         table: the op rows that were passed, or None.
     """
 

@@ -29,7 +29,7 @@ def benchmark(
         names: what to call the models, one name each.
         seconds: about how long to measure, all models together; at least 7 rounds are run.
         threads: intra-op threads, 0 for onnxruntime's default.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
 
     Raises:
         DataError: no model was given, or the inputs do not fit.

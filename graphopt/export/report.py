@@ -121,7 +121,7 @@ class Report:
     Attributes:
         source: what was optimized, for instance the file name.
         recipe: recipe name.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
         threads: intra-op threads of all timings, 0 for onnxruntime's default.
         inputs: dtype and shape of each input that was timed, by name.
         data: where inputs came from, for instance "data-free" or "256 calibration inputs".

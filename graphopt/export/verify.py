@@ -27,7 +27,7 @@ def compare(reference: Source, candidate: Source, inputs: Any = None, *, target:
         candidate: the model to judge.
         inputs: one set of inputs (an array, a tuple of arrays in the order of the inputs, a dict by name), or a list
             of such sets, of which the worst counts; two sets of probes where not given.
-        target: provider of the candidate, "cpu" or "cuda".
+        target: provider of the candidate, "cpu", "cuda" or "openvino".
 
     Raises:
         DataError: the models have different inputs or outputs, or the inputs do not fit.

@@ -15,8 +15,14 @@ from graphopt.ir.ops.row import tensor_shape
 Feeds = Mapping[str, np.ndarray]
 """One set of model inputs: input name to array."""
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
 """onnxruntime execution provider of each graphopt target."""
+_BUILDS = {"cuda": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
+"""The distribution of onnxruntime that has the provider of a target."""
 
 _INLINE_BYTES = 1024
 """Weights up to this size travel inside the proto: onnxruntime folds and fuses on small constants."""
@@ -86,7 +92,7 @@ def open_session(
 
     Args:
         model: the graph; it is not changed, and its weights are shared, not copied into a proto first.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
         threads: intra-op threads, 0 for onnxruntime's own default (all cores).
         optimized: False disables every graph optimisation of onnxruntime: the reference side of comparisons.
         extra_outputs: names of main-graph values to return after the model's own outputs.
@@ -105,8 +111,9 @@ def open_session(
     options = session_options(threads=threads, optimized=optimized)
     if optimized_model_path is not None:
         options.optimized_model_filepath = optimized_model_path
-    chosen = providers(target)
-    proto, names, weights = _proto_and_weights(model, extra_outputs)
+    chosen = providers(target, threads=threads)
+    # OpenVINO reads the proto itself and knows nothing of weights that onnxruntime holds
+    proto, names, weights = _proto_and_weights(model, extra_outputs, shares=target != "openvino")
     if names:
         options.add_external_initializers(names, weights)
     try:
@@ -140,21 +147,34 @@ def session_options(*, threads: int, optimized: bool = True) -> onnxruntime.Sess
     return options
 
 
-def providers(target: str) -> list[str]:
-    """Execution providers for a target, the CPU as the last resort for what the target cannot run."""
+def providers(target: str, *, threads: int = 0) -> list[str | tuple[str, dict[str, str]]]:
+    """Execution providers for a target, the CPU as the last resort for what the target cannot run.
+
+    Args:
+        target: one of `PROVIDERS`.
+        threads: of OpenVINO, 0 for its own default; the other providers take theirs from the session.
+
+    Raises:
+        GraphoptError: the target is unknown, or its provider is not in this build of onnxruntime.
+    """
     if target not in PROVIDERS:
         raise GraphoptError(f"unknown target {target!r}", help=f"targets are {', '.join(sorted(PROVIDERS))}")
     wanted = PROVIDERS[target]
     if wanted not in onnxruntime.get_available_providers():
         raise GraphoptError(
             f"target {target!r} needs {wanted}, which this onnxruntime {onnxruntime.__version__} does not have",
-            help="install onnxruntime-gpu, or use target='cpu'",
+            help=f"install {_BUILDS.get(target, 'another build')} in the place of onnxruntime, or use target='cpu'",
         )
+    if target == "openvino":
+        options = {"device_type": "CPU", **({"num_of_threads": str(threads)} if threads else {})}
+        return [(wanted, options), PROVIDERS["cpu"]]
     return [wanted] if target == "cpu" else [wanted, PROVIDERS["cpu"]]
 
 
-def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[bytes, list[str], list[Any]]:
-    """The serialized graph without its large weights, and those weights as onnxruntime values."""
+def _proto_and_weights(
+    model: ir.Model, extra_outputs: Iterable[str], *, shares: bool
+) -> tuple[bytes, list[str], list[Any]]:
+    """The serialized graph without the large weights that it `shares`, and those weights as onnxruntime values."""
     shell = model.clone()
     values = {value.name: value for node in shell.graph for value in node.outputs}
     for name in extra_outputs:
@@ -169,7 +189,8 @@ def _proto_and_weights(model: ir.Model, extra_outputs: Iterable[str]) -> tuple[b
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del shell.graph.initializers[name]  # onnxruntime refuses external data of a weight that nothing reads
             continue
-        if tensor is None or tensor.dtype not in _TYPES_OF_ORT_VALUES or tensor.nbytes <= _INLINE_BYTES:
+        inside = not shares or tensor is None or tensor.nbytes <= _INLINE_BYTES
+        if inside or tensor is None or tensor.dtype not in _TYPES_OF_ORT_VALUES:
             continue
         if any(use.node.graph is not shell.graph for use in value.uses()):
             continue  # onnxruntime before 1.29 cannot fold with external data that a subgraph captures

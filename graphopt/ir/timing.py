@@ -61,7 +61,7 @@ class Benchmark:
         speeds: one `Speed` a model, relative to the first one (which has 1).
         rounds: how often each model ran.
         threads: intra-op threads, 0 for onnxruntime's default.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "openvino".
     """
 
     names: tuple[str, ...]

@@ -87,7 +87,7 @@ class Context:
     """What a pass may know besides its options and the graph.
 
     Attributes:
-        target: "cpu" or "cuda", the onnxruntime provider that the result is for.
+        target: "cpu", "cuda" or "openvino", the onnxruntime provider that the result is for.
         threads: intra-op threads of the sessions that a pass opens, 0 for onnxruntime's default.
         sizes: number of elements of each symbolic dimension in the example inputs, by its name.
         calibration: iterable of feeds that the user gave, re-iterable, or None when data-free.

@@ -184,20 +184,10 @@ class Quantize(Pass):
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Plan, return to float what breaks the net, and apply; the remarks say what was declined and why."""
         if self.form == "weights":  # nothing is run without a budget: the model may be larger than memory
-            plan = self.plan(model, context)
-            if self.search and context.judge is not None:
-                options = self._weight_options()
-                plan = repair(
-                    model,
-                    plan,
-                    context,
-                    decide=lambda overrides: weights_under(model, options, context.silent(), overrides),
-                    write=self.apply,
-                )
-            self._apply(model, plan, context)
+            self._rewrite_weights(model, context)
             return
         observed: Observed = {}
-        source = self._unquantized(model, context)
+        source = self.unquantized(model, context)
         chosen, kept = self._fastest(source, context, observed)
         plan = chosen._decide(source, context, Overrides(kept), observed)
         if self.search:
@@ -210,6 +200,20 @@ class Quantize(Pass):
         if plan.operators or already_quantized(source) is None:
             _remark(plan, context)
         self.apply(model, plan)
+
+    def _rewrite_weights(self, model: ir.Model, context: Context) -> None:
+        source, options = self.unquantized(model, context), self._weight_options()
+        plan = plan_weights(source, options, context)
+        if self.search and context.judge is not None:
+            silent = context.silent()
+            plan = repair(
+                source,
+                plan,
+                context,
+                decide=lambda overrides: weights_under(source, options, silent, overrides),
+                write=lambda candidate, chosen: self._apply(candidate, chosen, silent),
+            )
+        self._apply(model, plan, context)
 
     def plan(self, model: ir.Model, context: Context) -> QuantizePlan:
         """Decide everything, and change nothing.
@@ -224,7 +228,7 @@ class Quantize(Pass):
         Raises:
             DataError: the calibration data is empty or does not fit the model.
         """
-        model = self._unquantized(model, context)
+        model = self.unquantized(model, context)
         if self.form == "weights":
             return plan_weights(model, self._weight_options(), context)
         observed: Observed = {}
@@ -233,6 +237,14 @@ class Quantize(Pass):
         if plan.operators or already_quantized(model) is None:
             _remark(plan, context)
         return plan
+
+    def unquantized(self, model: ir.Model, context: Context) -> ir.Model:
+        """What is planned for: the model itself, or with `requantize` a float copy of one that is quantized already."""
+        if not self.requantize or already_quantized(model) is None:
+            return model
+        copy = model.clone()
+        dequantize_model(copy, context.missed)
+        return copy
 
     def _fastest(self, model: ir.Model, context: Context, observed: Observed) -> tuple[Quantize, Mapping[str, str]]:
         """This pass in the form that is the fastest here, and what is faster in float, with the reasons."""
@@ -297,14 +309,6 @@ class Quantize(Pass):
         if not plan.weights_alone:
             others = tuple(operator for operator in plan.operators if operator.node not in done)
             apply_plan(model, replace(plan, operators=others))
-
-    def _unquantized(self, model: ir.Model, context: Context) -> ir.Model:
-        """What is planned for: the model itself, or a float copy of a quantized one that is to be quantized anew."""
-        if not self.requantize or already_quantized(model) is None:
-            return model
-        copy = model.clone()
-        dequantize_model(copy, context.missed)
-        return copy
 
     def _weight_options(self) -> WeightOptions:
         return WeightOptions(

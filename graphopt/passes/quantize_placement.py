@@ -156,6 +156,7 @@ class _Placer:
         reason = self._excluded(node) or _CHECKS.get(node.op_type, _accept)(node)
         if reason is None and any(value.dtype not in (None, ir.DataType.FLOAT) for value in data_inputs(node)):
             reason = f"computes in {data_inputs(node)[0].dtype}, int8 kernels replace float32 only"
+        reason = reason or _constant_operands(node)
         if reason is None:
             self.roles[node] = role
         elif role is Role.LINEAR or reason.startswith("excluded") or node_name(node) in self.kept_float:
@@ -341,6 +342,15 @@ def _is_gate(value: ir.Value) -> bool:
     """Whether a value is one number a channel ([n, c, 1, 1]): cheap to quantize wherever it comes from."""
     shape = value.shape
     return shape is not None and len(shape) >= 3 and all(size == 1 for size in list(shape)[2:])
+
+
+def _constant_operands(node: ir.Node) -> str | None:
+    """Why a constant operand has no range, as that of a mask of infinities; None where all have one."""
+    for value in data_inputs(node):
+        array = constant(value)
+        if array is not None and (array.size == 0 or not np.isfinite(array).all()):
+            return f"its operand {value.name!r} is empty or holds NaN or infinity"
+    return None
 
 
 def _accept(node: ir.Node) -> str | None:

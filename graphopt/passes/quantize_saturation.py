@@ -61,7 +61,7 @@ def saturating_kernels(target: str = "cpu", bits: int = 8) -> frozenset[str]:
     Measured once a process, in some milliseconds.
 
     Args:
-        target: "cpu" or "cuda", the onnxruntime provider.
+        target: "cpu", "cuda" or "openvino", the onnxruntime provider.
         bits: width of the weights; all of them have the largest magnitude of that width.
 
     Example:

@@ -47,6 +47,9 @@ _LEAST_SECONDS, _MOST_SECONDS, _ROUNDS = 0.1, 1.5, 15
 _KERNELS = ("static", "dynamic", "integer", "folded")
 """Forms of operators that compute on integers."""
 
+_CPU_FIELDS = ("model name", "flags", "CPU part", "Features")
+"""Of /proc/cpuinfo, on x86 and on ARM."""
+
 Decide = Callable[[str, Overrides], QuantizePlan]
 Write = Callable[[ir.Model, QuantizePlan], None]
 
@@ -144,12 +147,16 @@ def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequenc
 
 @cache
 def _processor() -> str:
-    """The name of the processor; onnxruntime chooses its kernels by what it can do."""
+    """The name of the processor and what it can do, by which onnxruntime chooses its kernels.
+
+    The name does not say it alone: virtual machines on different processors have the same.
+    """
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("model name", "flags")):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()}"
+        lines = info.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+        found = [line.partition(":")[2].strip() for line in lines if line.startswith(_CPU_FIELDS)]
+        if found:
+            return f"{', '.join(found)}, {os.cpu_count()}"
     return f"{platform.machine()}, {platform.processor()}, {os.cpu_count()}"
 
 

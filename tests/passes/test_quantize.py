@@ -252,3 +252,16 @@ def test_clamps_with_a_second_reader_run_on_the_integers(tmp_path: Path) -> None
     assert operators["QLinearAdd"] == 1
     assert operators["DequantizeLinear"] <= 1
     assert_close(model, result, data)
+
+
+@pytest.mark.parametrize("array", [np.full((1, 4, 1, 1), -np.inf, np.float32), np.zeros((1, 0, 8, 8), np.float32)])
+def test_constant_operands_without_a_range_stay_float(array: np.ndarray) -> None:
+    operator = "Add(c, k)" if array.size else "Concat<axis=1>(c, k)"
+    text = f"c = Conv(x, w) a = {operator} r = Relu(a) y = Conv(r, v)"
+    model = weighted("float[1,3,8,8] x => float[1,4,8,8] y", text, w=(4, 3, 1, 1), v=(4, 4, 1, 1), k=array.shape)
+    set_weight(model, "k", array)
+    plan = Quantize(form="static").plan(model, Context())
+    assert "k" not in {tensor.name for tensor in plan.tensors}
+    result = quantized(model, Quantize(form="static", search=False))
+    expected, found = (open_session(one).run_feeds(feeds(1, (1, 3, 8, 8))[0])[0] for one in (model, result))
+    assert np.abs(found - expected).max() < 0.1

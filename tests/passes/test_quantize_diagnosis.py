@@ -338,6 +338,13 @@ def test_a_recipe_is_diagnosed_without_a_search() -> None:
     assert diagnose_recipe(outlier(), calibration=feeds(3, (2, 3, 16, 16))).error < 0.05, "migrate-scales mends it"
 
 
+def test_a_recipe_that_requantizes_is_diagnosed_on_the_float_model() -> None:
+    eight = canonical_constants(TRANSFORMER)
+    Quantize(form="weights").run(eight, Context())
+    found = diagnose_recipe(eight, recipe=[Quantize(requantize=True)], calibration=feeds(2, (2, 6, 32)))
+    assert 0.0 < found.error < 0.1
+
+
 def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from graphopt.cli import main
     from graphopt.export.write import save

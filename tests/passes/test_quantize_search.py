@@ -272,6 +272,25 @@ def test_weights_alone_are_raised_too() -> None:
     assert search_of(context).tries[search_of(context).chosen or 0].kept_float
 
 
+def test_weights_of_a_quantized_model_are_searched_in_its_float_form() -> None:
+    eight = canonical_constants(TRANSFORMER)
+    Quantize(form="weights").run(eight, Context())
+    data = feeds(2, (2, 6, 32))
+    guard = guard_of(eight, data, Budget(tolerance=0.03))
+    options = Quantize(form="weights", weight_bits=3, requantize=True)
+    result, context = run(eight, data, options, judge=guard.verdict)
+    assert guard.verdict(result).within
+    assert search_of(context).chosen is not None
+
+
+def test_what_is_judged_is_rounded_on_the_inputs_that_the_result_is_rounded_on() -> None:
+    model, data = canonical_constants(TRANSFORMER), feeds(2, (2, 6, 32))
+    options = Quantize(form="weights", weight_bits=3, rounding="error-feedback")
+    guard = guard_of(model, data, Budget(tolerance=0.0))
+    result, context = run(model, data, options, judge=guard.verdict)
+    assert search_of(context).tries[0].error == guard.verdict(result).error
+
+
 def test_every_operator_that_went_back_says_why() -> None:
     model = outlier()
     data = data_of(model)

@@ -152,6 +152,16 @@ def test_what_cannot_be_read_is_measured_anew(machine: Any, tmp_path: Path) -> N
     assert len(timed) == 3 * count
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="other systems say it otherwise")
+def test_the_key_knows_what_a_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set[str]()
+    for flags in ("fpu avx2", "fpu avx2 avx512_vnni"):
+        text = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text, **others: text)
+        known.add(quantize_speed._processor.__wrapped__())
+    assert len(known) == 2
+
+
 def test_json_round_trip() -> None:
     found = Fastest("static", {"a": "why"}, (Trial("form static over float", 1.5, False),), 1.5)
     again = Fastest.from_json(found.to_json())
