@@ -17,6 +17,7 @@ from benchmarks.datafree_setting import (
     FORMS,
     FREE,
     PICTURES,
+    PRUNE_ONLY,
     WITH_IMAGES,
     Net,
     Setting,
@@ -50,7 +51,7 @@ STRATEGIES: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
 )
 """Name, criterion, allocation and its options."""
 RECOVERED_RATIO = 0.5
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-3
 
 
 def forms(setting: Setting) -> Iterator[Row]:
@@ -63,7 +64,7 @@ def forms(setting: Setting) -> Iterator[Row]:
             counted = sizes(damaged)
             for variant in FORMS:
                 progress(f"{net.name}, {ratio:.0%}: {variant.name}")
-                _, row = net.rebuilt(damaged, variant)
+                row = net.row(damaged, variant)
                 yield {"section": "forms", "variant": variant.name, "ratio": ratio, **row, **counted}
         yield from rounded(setting, net)
 
@@ -94,7 +95,7 @@ def folded(setting: Setting) -> Iterator[Row]:
                 damaged = net.cut(plan)
                 for variant in FOLDED_FORMS:
                     progress(f"{net.name} folded, {ratio:.0%}, {cut}: {variant.name}")
-                    _, row = net.rebuilt(damaged, variant)
+                    row = net.row(damaged, variant)
                     yield {
                         "section": "folded",
                         "variant": variant.name,
@@ -150,9 +151,8 @@ def bits(setting: Setting) -> Iterator[Row]:
                 rounded_model = model.clone()
                 quantize(rounded_model, weights, activations, context)
                 shared: Row = {"section": "bits", "ratio": ratio, "weight_bits": weights, "bits": activations}
-                yield {**shared, "variant": "quantized", **net.measured(rounded_model)}
-                _, row = net.rebuilt(rounded_model, BEST_FREE)
-                yield {**shared, "variant": "quantized, rebuilt", **row}
+                yield {**shared, "variant": "quantized", **net.row(rounded_model, PRUNE_ONLY)}
+                yield {**shared, "variant": "quantized, rebuilt", **net.row(rounded_model, BEST_FREE)}
 
 
 def quantize(model: ir.Model, weight_bits: int, activation_bits: int, context: Context) -> None:
@@ -211,8 +211,8 @@ def allocations(setting: Setting) -> Iterator[Row]:
                         source="probes" if setting.quick else "auto",
                     )
                     plan = pruner.plan(net.model, net.context(variant.supply))
-                    model, row = net.rebuilt(net.cut(plan), once)
-                    counted = sizes(model)
+                    damaged = net.cut(plan)
+                    row, counted = net.row(damaged, once), sizes(damaged)
                     yield {
                         "section": "allocation",
                         "variant": name,

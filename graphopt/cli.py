@@ -40,6 +40,9 @@ Inputs = Annotated[
     typer.Option("--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"),
 ]
 Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)]
+_QUANTIZED = (
+    "for a quantized model give --tolerance, for instance 0.1, and inputs of its kind: --input FILE.npy"
+)
 Target = Annotated[str, typer.Option(help="cpu, cuda or openvino")]
 CalibrationPath = Annotated[
     Path | None,
@@ -82,7 +85,7 @@ def _options(
 def optimize(
     model: ModelPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.onnx", help="where the result goes")],
-    recipe: Annotated[str, typer.Option(help="default, exact, int8, prune, prune-int8, or a TOML file")] = "default",
+    recipe: Annotated[str, typer.Option(help="a preset (docs/passes.md), or a TOML file")] = "default",
     settings: Settings = None,
     inputs: Inputs = None,
     calibration: CalibrationPath = None,
@@ -293,7 +296,7 @@ def verify(
         raise TargetMissedError(
             f"outputs differ: {verdict.judged}",
             where=f"{reference} and {candidate}",
-            help=None if tolerance is not None else "for a quantized model give --tolerance, for instance 0.1",
+            help=None if tolerance is not None else _QUANTIZED,
         )
 
 

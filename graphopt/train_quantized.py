@@ -211,14 +211,14 @@ class TrainQuantized(Pass):
             outcome = self._trained(model, plan, context)
         except LiftError as error:
             context.missed("train quantized", f"{error.what}; quantized without training", error.where or "model")
-            self._untrained(model, context)
+            self._untrained(model, plan, context)
             return
         for note in outcome.notes:
             context.note("train quantized", note, "model")
         if outcome.error is not None:
             context.missed("train quantized", f"stopped: {outcome.error.what}", outcome.error.where or "model")
         if outcome.model is None:
-            self._untrained(model, context)
+            self._untrained(model, plan, context)
             return
         model.graph = outcome.model.graph
 
@@ -275,10 +275,12 @@ class TrainQuantized(Pass):
         operators = tuple(chosen[one.node] if one.node in moved else one for one in plan.operators)
         return QuantizePlan((*kept, *tensors.values()), operators)
 
-    def _untrained(self, model: ir.Model, context: Context) -> None:
-        """What the pass quantize makes at these widths; its remarks are there already."""
+    def _untrained(self, model: ir.Model, plan: QuantizePlan, context: Context) -> None:
+        """The plan itself, with the scales that the pass quantize takes at its widths where training finds them."""
         single = replace(self._quantize(), bits=self.bits, weight_bits=self._weight_bits)
-        single.apply(model, single.plan(model, context.silent()))
+        found = {(one.name, one.axis): one for one in single.plan(model, context.silent()).tensors}
+        tensors = [one if one.scale or one.storage else found[one.name, one.axis] for one in plan.tensors]
+        Quantize().apply(model, plan.with_tensors(tensors))
 
     def _trained(self, model: ir.Model, plan: QuantizePlan, context: Context) -> Outcome:
         from graphopt.optimize import canonical_form

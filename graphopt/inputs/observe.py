@@ -6,6 +6,7 @@ histogram starts with the first array and widens by whole powers of two, so that
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,11 @@ def observe(
     Raises:
         DataError: there is not a single set of inputs, or the inputs do not fit.
     """
+    if any(not isinstance(one, Mapping) for one in itertools.islice(feeds, 1)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            "inputs to observe a model on must be dicts by input name",
+            help="wrap what you have: graphopt.inputs.calibration.Calibration(model, [images])",
+        )
     statistics = {name: Statistics(histogram=Histogram() if histograms else None) for name in names}
     inputs = {value.name for value in model.graph.inputs}
     _observe_inputs(statistics, [name for name in names if name in inputs], feeds)

@@ -171,6 +171,8 @@ def _concat(flow: ScaleFlow, node: ir.Node) -> None:
     of_rank = rank(node.outputs[0]) or 0
     axis = number(node, "axis", 0) % of_rank
     sizes = [None if value is None else known_dim(value, axis) for value in node.inputs]
+    if 0 in sizes:
+        raise DeclinedError("a part of it is empty")
     told_apart = all(size is not None for size in sizes)
     computed = {
         index: flow.of(node, index)

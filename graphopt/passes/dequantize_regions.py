@@ -26,6 +26,10 @@ _WEIGHTS_ALONE = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"}
 _MOST_NAMED = 8
 
 
+_UNPACKING = ("Gather", "BitwiseAnd", "BitShift")
+"""What opens the bytes that several integers of a table are packed into."""
+
+
 @dataclass(frozen=True)
 class QuantizedRegions:
     """What is quantized in a model.
@@ -45,6 +49,7 @@ class QuantizedRegions:
     def __str__(self) -> str:
         named = [f"{count} {op_type}" for op_type, count in sorted(self.counts.items())][:_MOST_NAMED]
         rest = "the rest may be quantized" if self.weights_alone else "its other operators stay float as they are"
+        rest += "; requantize=true quantizes all of it anew"
         return f"the model is quantized already ({', '.join(named)}): {rest}"
 
 
@@ -55,8 +60,8 @@ def quantized_regions(model: ir.Model) -> QuantizedRegions | None:
         >>> model = ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
         ... g (float[n, 2] x) => (float[n, 1] y) <int8[2, 1] q = {3, -2}, float s = {0.5}>
         ... { w = DequantizeLinear (q, s) y = MatMul (x, w) }''')
-        >>> print(quantized_regions(model))
-        the model is quantized already (1 DequantizeLinear): the rest may be quantized
+        >>> str(quantized_regions(model)).partition(";")[0]
+        'the model is quantized already (1 DequantizeLinear): the rest may be quantized'
     """
     nodes = list(quantized_nodes(model))
     if not nodes:
@@ -79,11 +84,15 @@ def quantized_regions(model: ir.Model) -> QuantizedRegions | None:
 
 
 def _is_stored(value: ir.Value | None) -> bool:
-    """Whether integers are constant, moved and picked from at most."""
-    while value is not None and constant_tensor(value) is None:
-        node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type in MOVES else None
-    return value is not None
+    """Whether integers are constant, moved, picked from and unpacked from bytes at most."""
+    if value is None or constant_tensor(value) is not None:
+        return value is not None
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type == "Concat":
+        return all(map(_is_stored, node.inputs))
+    return (node.op_type in MOVES or node.op_type in _UNPACKING) and _is_stored(node.inputs[0])
 
 
 def _readers(node: ir.Node) -> set[str]:

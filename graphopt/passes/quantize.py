@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import numpy as np
@@ -198,7 +199,7 @@ class Quantize(Pass):
 
             plan = repair(source, plan, context, decide=decide, write=self.apply)
         if plan.operators or already_quantized(source) is None:
-            _remark(plan, context)
+            _remark(plan, self.exclude, context)
         self.apply(model, plan)
 
     def _rewrite_weights(self, model: ir.Model, context: Context) -> None:
@@ -235,7 +236,7 @@ class Quantize(Pass):
         chosen, kept = self._fastest(model, context, observed)
         plan = chosen._decide(model, context, Overrides(kept), observed)
         if plan.operators or already_quantized(model) is None:
-            _remark(plan, context)
+            _remark(plan, self.exclude, context)
         return plan
 
     def unquantized(self, model: ir.Model, context: Context) -> ir.Model:
@@ -447,7 +448,12 @@ def _input_scale(value: ir.Value, placement: Placement, scale_of: Mapping[str, f
     return scale_of[value.name or ""] * factor
 
 
-def _remark(plan: QuantizePlan, context: Context) -> None:
+def _remark(plan: QuantizePlan, exclude: Sequence[str], context: Context) -> None:
+    for pattern in exclude:
+        named = (name for operator in plan.operators for name in (operator.node, operator.op_type))
+        cited = any(operator.reason == f"excluded by {pattern!r}" for operator in plan.operators)
+        if not cited and not any(fnmatchcase(name, pattern) for name in named):
+            context.missed("exclude", f"{pattern!r} matches nothing that could be quantized", "model")
     for operator in plan.operators:
         if operator.form == "float":
             why = KEPT if operator.reason.startswith(KEPT) else operator.reason  # one kind of remark, not one each

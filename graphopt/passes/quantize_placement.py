@@ -326,7 +326,9 @@ def role_of(node: ir.Node) -> Role | None:
 
 
 def is_table_lookup(node: ir.Node) -> bool:
-    """Whether a Gather picks rows of a constant float matrix: an embedding."""
+    """Whether a Gather picks rows of a constant float matrix: an embedding, not the scales of one that is quantized."""
+    if any(reader.op_type == "DequantizeLinear" for reader in node.outputs[0].consumers()):
+        return False
     table = constant(node.inputs[0]) if is_op(node, "Gather") and attribute(node, "axis", 0) == 0 else None
     return table is not None and table.ndim == 2 and table.dtype == np.float32 and table.size >= _SMALLEST_TABLE
 

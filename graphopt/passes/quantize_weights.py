@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.quantizer import TensorPlan
+from graphopt.ir.rewrite import rank
 from graphopt.passes.contract import Context
 from graphopt.passes.quantize_blocks import Grid
 from graphopt.passes.quantize_placement import node_name
@@ -144,7 +145,12 @@ def _excluded(node: ir.Node, patterns: tuple[str, ...]) -> str | None:
 
 
 def _misread(site: WeightSite, options: WeightOptions) -> str | None:
-    product = None if options.contrib or not site.is_table else reaches_product(site.node.outputs[0])
+    if options.contrib or not site.is_table:
+        return None
+    picked = site.node.inputs[1]
+    if picked is not None and rank(picked) == 0 and options.grid.blocks(site.shape[0]) == 1:
+        return "it picks one row of one block, onnxruntime does not dequantize that; contrib=True or smaller blocks do"
+    product = reaches_product(site.node.outputs[0])
     if product is None:
         return None
     return f"its rows go to {product.op_type} {node_name(product)!r}, which onnxruntime misreads; contrib=True works"

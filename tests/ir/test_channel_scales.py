@@ -182,6 +182,14 @@ def test_weights_that_are_not_finite_stay() -> None:
     assert [why for _, why in scales.refused] == ["its weight is not finite"]
 
 
+def test_an_empty_part_of_a_concatenation_keeps_what_is_beside_it() -> None:
+    text = """g (float[n,3] x, float[n,0] none, float[3,4] a, float[4,2] c) => (float[n,2] y)
+              { h = MatMul(x, a) k = Concat<axis=1>(h, none) y = MatMul(k, c) }"""
+    scales = channel_scales(built(text, a=(3, 4), c=(4, 2)))
+    assert scales.count == 0
+    assert scales.linears[1].why_ins is not None
+
+
 def test_factors_beyond_the_element_type_change_nothing() -> None:
     text, weights, _ = CASES["relu"]
     model = built(text, **weights)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import DataError, GraphoptError
 from graphopt.ir.compare import QUANTIZATION_TOLERANCE, compare_outputs, within_exact
 from graphopt.ir.session import open_session
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
@@ -260,8 +260,22 @@ def test_constant_operands_without_a_range_stay_float(array: np.ndarray) -> None
     text = f"c = Conv(x, w) a = {operator} r = Relu(a) y = Conv(r, v)"
     model = weighted("float[1,3,8,8] x => float[1,4,8,8] y", text, w=(4, 3, 1, 1), v=(4, 4, 1, 1), k=array.shape)
     set_weight(model, "k", array)
-    plan = Quantize(form="static").plan(model, Context())
+    data = feeds(1, (1, 3, 8, 8))
+    plan = Quantize(form="static").plan(model, Context(calibration=data))
     assert "k" not in {tensor.name for tensor in plan.tensors}
-    result = quantized(model, Quantize(form="static", search=False))
-    expected, found = (open_session(one).run_feeds(feeds(1, (1, 3, 8, 8))[0])[0] for one in (model, result))
+    result = quantized(model, Quantize(form="static", search=False), Context(calibration=data))
+    expected, found = (open_session(one).run_feeds(data[0])[0] for one in (model, result))
     assert np.abs(found - expected).max() < 0.1
+
+
+def test_a_pattern_that_matches_nothing_is_said() -> None:
+    context = Context()
+    Quantize(exclude=("n0", "nosuch*")).run(tiny(), context)
+    (remark,) = [remark for remark in context.remarks if remark.what == "exclude"]
+    assert "'nosuch*'" in remark.why
+
+
+def test_calibration_that_is_no_dict_says_what_to_do() -> None:
+    with pytest.raises(DataError, match="dicts by input name") as caught:
+        Quantize().plan(tiny(), Context(calibration=[np.zeros((1, 3, 16, 16), np.float32)]))
+    assert "Calibration(model" in (caught.value.help or "")

@@ -255,6 +255,15 @@ def test_rows_of_a_table_are_those_of_its_integers(width: int, block: int, symme
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+def test_one_row_of_one_block_stays_float() -> None:
+    model = weighted("int64 ids => float[32] y", "y = Gather(e, ids)", e=(200, 32))
+    for options in (WEIGHTS, replace(WEIGHTS, block_size=16), replace(WEIGHTS, contrib=True)):
+        result = quantized(model, options)
+        assert ("e" in result.graph.initializers) == (options == WEIGHTS)
+        found, expected = (open_session(one).run_feeds({"ids": np.array(3)})[0] for one in (result, model))
+        assert np.abs(found - expected).max() < 0.3
+
+
 def test_a_table_before_a_product_is_declined_since_onnxruntime_would_misread_it() -> None:
     model = weighted(
         "int64[b,n] i => float[b,n,40] y",
@@ -611,3 +620,16 @@ def test_recipe(tmp_path: Path) -> None:
     for single in graphopt.recipe.preset("int4-weights").passes:
         single.run(model, Context())
     assert fused(model, tmp_path) == {"MatMulNBits": 2, "Max": 1}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_has_integer_weights_already_is_left_alone(bits: int) -> None:
+    model = weighted(
+        "int64[n,3] t => float[n,3,40] y", "e = Gather(table, t) y = MatMul(e, w)", table=(300, 64), w=(64, 40)
+    )
+    once = quantized(canonical_constants(model), replace(WEIGHTS, weight_bits=bits))
+    before = [node.op_type for node in once.graph]
+    assert "DequantizeLinear" in before
+    context = Context()
+    replace(WEIGHTS, weight_bits=bits).run(once, context)
+    assert [node.op_type for node in once.graph] == before

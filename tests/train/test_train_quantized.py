@@ -364,6 +364,25 @@ def test_what_cannot_be_lifted_is_quantized_without_training() -> None:
     assert "quantized without training" in missed.why
 
 
+def test_what_cannot_be_lifted_has_the_widths_and_the_form_that_were_asked_for() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        g (float[1,64,64] x, float[64,64] w, float[64,64] v) => (float[1,64,64] y)
+        { a = MatMul(x, w) b = com.microsoft.Inverse(a) y = MatMul(b, v) }"""
+    model = ir.from_onnx_text(text)
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        array = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    for options, stored in ((TrainQuantized(weight_bits=4), "UINT4"), (TrainQuantized(bits=4, form="static"), "INT8")):
+        result = graphopt.load(ir.to_proto(model))
+        context = Context()
+        options.run(result, context)
+        assert any("quantized without training" in remark.why for remark in context.remarks)
+        large = {value.dtype.name for value in result.graph.initializers.values() if value.const_value.size == 64 * 64}
+        assert large == {stored}
+
+
 def test_nothing_to_quantize_and_what_is_quantized_already() -> None:
     model = graphopt.load(ir.from_onnx_text(f"{HEAD} g (float[2] x) => (float[2] y) {{ y = Relu(x) }}"))
     context = Context()
