@@ -40,9 +40,7 @@ Inputs = Annotated[
     typer.Option("--input", metavar="FILE.npz|.npy", help="example inputs: .npz by input name, .npy for one input"),
 ]
 Threads = Annotated[int, typer.Option(help="intra-op threads of all timings, 0 for onnxruntime's default", min=0)]
-_QUANTIZED = (
-    "for a quantized model give --tolerance, for instance 0.1, and inputs of its kind: --input FILE.npy"
-)
+_QUANTIZED = "for a quantized model give --tolerance, for instance 0.1, and inputs of its kind: --input FILE.npy"
 Target = Annotated[str, typer.Option(help="cpu, cuda or openvino")]
 CalibrationPath = Annotated[
     Path | None,
