@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt.errors import DataError
 from graphopt.inputs.measurements import FILE_NAME, Measurements
 from graphopt.ir.timing import Benchmark, Latency, Speed
 from graphopt.passes import quantize_speed
@@ -160,6 +161,21 @@ def test_the_key_knows_what_a_processor_can_do(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(Path, "read_text", lambda path, text=text, **others: text)
         known.add(quantize_speed._processor.__wrapped__())
     assert len(known) == 2
+
+
+def test_a_model_that_made_up_inputs_do_not_suit_keeps_the_form_of_the_rules(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*arguments: Any, **others: Any) -> None:
+        raise DataError("onnxruntime cannot run the model on these inputs")
+
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    expected = Quantize(search=False).plan(net(), Context())
+    monkeypatch.setattr(quantize_speed, "probe_feeds", refuse)
+    context = Context()
+    assert Quantize(measure=True, search=False).plan(net(), context) == expected
+    assert any(remark.what == "time the forms" and remark.kind == "missed" for remark in context.remarks)
+    assert not (tmp_path / FILE_NAME).exists(), "nothing was measured, so nothing is remembered"
 
 
 def test_json_round_trip() -> None:
