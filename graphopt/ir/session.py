@@ -87,6 +87,7 @@ def open_session(
     optimized: bool = True,
     extra_outputs: Iterable[str] = (),
     optimized_model_path: str | None = None,
+    profile_prefix: str | None = None,
 ) -> Session:
     """Load a model into onnxruntime.
 
@@ -97,6 +98,8 @@ def open_session(
         optimized: False disables every graph optimisation of onnxruntime: the reference side of comparisons.
         extra_outputs: names of main-graph values to return after the model's own outputs.
         optimized_model_path: where onnxruntime is to write the graph as it will run it.
+        profile_prefix: onnxruntime times every kernel of every run, and `end_profiling` writes the times to a file whose
+            path begins so; weights are then left out of the file at `optimized_model_path`, into one beside it.
 
     Raises:
         InvalidGraphError: onnxruntime refuses the model; the message carries onnxruntime's reason.
@@ -111,6 +114,9 @@ def open_session(
     options = session_options(threads=threads, optimized=optimized)
     if optimized_model_path is not None:
         options.optimized_model_filepath = optimized_model_path
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile_prefix
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     chosen = providers(target, threads=threads)
     # OpenVINO reads the proto itself and knows nothing of weights that onnxruntime holds
     proto, names, weights = _proto_and_weights(model, extra_outputs, shares=target != "openvino")

@@ -421,7 +421,7 @@ def _plot(diagnosis: Diagnosis, path: Path) -> Path:
         import matplotlib
     except ImportError as error:
         raise GraphoptError(
-            "a plot needs matplotlib, which is not installed", help="pip install 'graphopt[bench]'"
+            "a plot needs matplotlib, which is not installed", help="pip install 'graphopt[plot]'"
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -70,6 +70,11 @@ class _Extent:
         return size
 
 
+_Operands = tuple["tuple[_Extent, ...] | None", ...]
+Shapes = tuple["Shape | None", ...]
+"""One shape a value, None where it is not known."""
+
+
 @dataclass
 class _Term:
     """A weight or a linear operator, and the figures it gave before."""
@@ -114,8 +119,11 @@ class _Linear:
         return Costs(self.runs * self.rule(Site(self.node, inputs, outputs, self.constants)))
 
 
-def _shape(extents: tuple[_Extent, ...] | None, staying: _Staying) -> Shape | None:
-    return None if extents is None else tuple(extent.kept(staying) for extent in extents)
+def _shape(extents: tuple[_Extent, ...] | None, staying: _Staying, block: int = 1) -> Shape | None:
+    if extents is None:
+        return None
+    kept = [(extent, extent.kept(staying)) for extent in extents]
+    return tuple(-(-size // block) * block if extent.parts else size for extent, size in kept)
 
 
 @dataclass
@@ -165,12 +173,13 @@ class CostModel:
             sizes: elements of the symbolic dimensions; MACs depend on them.
         """
         self.groups = groups
-        facts = propagate(model, sizes, table=groups.analysis.table)
+        self._facts = facts = propagate(model, sizes, table=groups.analysis.table)
         self.counted = cost(model, sizes, table=groups.analysis.table, facts=facts)
         self.whole = Costs.of(self.counted)
         self._units = {group.name: group.units for group in groups}
         self._parts: dict[int, _Part] = {}
         self._terms: list[_Term] = []
+        self._known_sides: dict[ir.Node, tuple[_Operands, _Operands]] = {}
         self._group_of = self._groups_of_atoms()
         self._collect(model, facts)
         self._terms_of_part: dict[int, list[int]] = {}
@@ -203,6 +212,27 @@ class CostModel:
     def macs(self, node: ir.Node) -> int:
         """MACs of a node in the model as it is, over all its runs."""
         return self._macs.get(node, 0)
+
+    def groups_around(self, node: ir.Node) -> tuple[str, ...]:
+        """Names of the groups whose units are coordinates of what a node reads or makes."""
+        inputs, outputs = self._sides(node)
+        parts = {part for side in (*inputs, *outputs) if side is not None for part in _parts_of(side)}
+        return tuple(dict.fromkeys(name for part in sorted(parts) for name in self._parts[part].per_unit))
+
+    def shapes(self, node: ir.Node, removed: Mapping[str, int], block: int = 1) -> tuple[Shapes, Shapes]:
+        """Shapes of what a node reads and makes with that many units of each group gone.
+
+        Args:
+            node: of the main graph.
+            removed: units by name of the group.
+            block: axes that units can be cut from are rounded up to a multiple of this.
+
+        Returns:
+            One shape an input and one an output, None where it is not known or there is no value.
+        """
+        staying = _Staying(self._parts, removed, self._units)
+        inputs, outputs = (tuple(_shape(value, staying, block) for value in side) for side in self._sides(node))
+        return inputs, outputs
 
     def _touched(self, names: Iterable[str]) -> list[int]:
         parts = {part for name in names for part in self._parts_of.get(name, ())}
@@ -283,15 +313,24 @@ class CostModel:
                 self._macs[entry.node] = entry.macs
                 self._collect_node(entry, facts)
 
+    def _sides(self, node: ir.Node) -> tuple[_Operands, _Operands]:
+        """The axes of what a node reads and of what it makes."""
+        if node not in self._known_sides:
+            sides: list[_Operands] = []
+            for values in (node.inputs, node.outputs):
+                shapes = [(value, self._facts.shape(value)) for value in values]
+                sides.append(
+                    tuple(
+                        None if value is None or shape is None else self._extents(value, shape)
+                        for value, shape in shapes
+                    )
+                )
+            self._known_sides[node] = sides[0], sides[1]
+        return self._known_sides[node]
+
     def _collect_node(self, entry: NodeCost, facts: Facts) -> None:
         node, row = entry.node, self.groups.analysis.row(entry.node)
-        sides: list[tuple[tuple[_Extent, ...] | None, ...]] = []
-        for values in (node.inputs, node.outputs):
-            extents: list[tuple[_Extent, ...] | None] = []
-            for value in values:
-                shape = facts.shape(value)
-                extents.append(None if value is None or shape is None else self._extents(value, shape))
-            sides.append(tuple(extents))
+        sides = self._sides(node)
         parts = tuple(dict.fromkeys(part for side in sides for one in side if one for part in _parts_of(one)))
         if not parts or row is None or row.cost is None:
             return

@@ -361,13 +361,19 @@ def measured_curves(
         for count in counts:
             masked = mask_channels(model, {candidate.name: candidate.lowest(count)}, groups=groups)
             session = open_session(masked, optimized=False, threads=threads)
-            errors.append(_error(session, batches, expected))
+            errors.append(relative_error(session, batches, expected))
         found[candidate.name] = (tuple(count / candidate.units for count in counts), tuple(errors))
     return found
 
 
-def _error(session: Session, batches: Sequence[Feeds], expected: Sequence[Sequence[np.ndarray]]) -> float:
-    """Mean over outputs of the relative squared error over all batches."""
+def relative_error(session: Session, batches: Sequence[Feeds], expected: Sequence[Sequence[np.ndarray]]) -> float:
+    """Mean over outputs of the relative squared error over all batches, at most 1e6.
+
+    Args:
+        session: of the changed model.
+        batches: inputs.
+        expected: outputs of the model as it was, for each batch.
+    """
     moved = np.zeros(len(expected[0]))
     size = np.zeros(len(expected[0]))
     for feeds, wanted in zip(batches, expected, strict=True):

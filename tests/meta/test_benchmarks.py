@@ -248,7 +248,6 @@ def test_the_curve_must_be_above_uniform_everywhere(gain: float) -> None:
 
 
 def test_the_curves_are_plotted(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     shared = {"section": "allocation", "model": "ResNet-20", "top1": 80.0}
     rows: list[dict[str, object]] = [{**shared, "variant": "float"}]
     for inputs in ("free", "images"):

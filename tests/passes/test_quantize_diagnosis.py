@@ -304,7 +304,6 @@ def test_weights_alone_are_diagnosed_too() -> None:
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_plot(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
     model = tiny()
     plan, data = planned(model)
     found = diagnose(model, plan, data, threads=1)
@@ -328,7 +327,7 @@ def test_plot_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(GraphoptError, match="matplotlib") as caught:
         Diagnosis(0.1, "rms", 1).plot(tmp_path / "plot.svg")
-    assert caught.value.help == "pip install 'graphopt[bench]'"
+    assert caught.value.help == "pip install 'graphopt[plot]'"
 
 
 def test_a_recipe_is_diagnosed_without_a_search() -> None:

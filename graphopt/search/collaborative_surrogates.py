@@ -1,0 +1,418 @@
+"""What a layer's weight is worth to the loss: surrogates by which channels and rank-one terms are scored in one coin."""
+
+from __future__ import annotations
+
+import abc
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import scipy.linalg
+
+from graphopt.criteria.contract import Knowledge
+from graphopt.criteria.members import Membership
+from graphopt.errors import DataError, GraphoptError
+from graphopt.inputs.moments import SecondMoments
+from graphopt.ir.pieces import Pieces
+from graphopt.ir.rewrite import is_op, sole_consumer
+from graphopt.ir.session import open_session
+from graphopt.search.collaborative_layers import Layer
+from graphopt.search.collaborative_states import CovarianceState, ElementwiseState, LayerState
+from graphopt.search.sensitivity import first_samples, relative_error
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS_A_COLUMN, _ROWS = 16, 8192
+"""How many rows are looked at for each column, and beyond."""
+_INFLUENCES = ("stream", "measured")
+_PROBE = 0.1
+"""Relative error, as a root, that influence is measured at."""
+_TINY = 1e-30
+
+States = Callable[[], LayerState]
+"""Makes the state of a layer of which nothing is gone."""
+
+
+class Surrogate(abc.ABC):
+    """I(W~): how much the loss grows when a layer's weight W becomes W~; subclasses are frozen dataclasses.
+
+    Class attributes:
+        name: kebab-case, the key in `SURROGATES`.
+        needs: "weights", "inputs" (`Knowledge.feeds`) or "gradients" (torch, and inputs or labelled data).
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str]
+
+    @abc.abstractmethod
+    def states(self, knowledge: Knowledge, layers: Sequence[Layer]) -> dict[str, States]:
+        """What is needed to score the layers.
+
+        Args:
+            knowledge: the model and its inputs.
+            layers: of the model.
+
+        Returns:
+            Name of a layer to a function that makes its state.
+
+        Raises:
+            DataError: inputs are needed and there are none, or they do not fit the model.
+            GraphoptError: torch is needed and not installed.
+        """
+
+
+@dataclass(frozen=True)
+class Magnitude(Surrogate):
+    """I(W~) = sum (W~ - W)^2: CC with G = 1. A channel costs |W[:, j]|^2, a rank-one term s_r^2.
+
+    Example:
+        >>> Magnitude().needs
+        'weights'
+    """
+
+    name: ClassVar[str] = "magnitude"
+    needs: ClassVar[str] = "weights"
+
+    def states(self, knowledge: Knowledge, layers: Sequence[Layer]) -> dict[str, States]:
+        """See `Surrogate`."""
+        return {layer.name: _elementwise(layer, None) for layer in layers}
+
+
+@dataclass(frozen=True)
+class Gradient(Surrogate):
+    """I(W~) = sum F (W~ - W)^2, F from gradients of the loss by each weight (Li et al. 2021, arXiv 2105.11228).
+
+    With a loss and labels F = G^2, G = mean over batches of dL/dW in evaluation mode: the square of the first-order
+    change of the loss, weight by weight, as CC has it.
+
+    Without labels the loss is the divergence of the outputs from the model's own. There it is 0, its least value, so G
+    is 0 and first order says nothing. To second order it is d'Hd / 2 with d = J vec(W~ - W); the diagonal of J'HJ, the
+    Fisher information for "kl", is the mean of squared gradients of random projections z'y with E[z z'] = H
+    (`graphopt.criteria.Taylor` has the maths), so F = mean (d(z'y)/dW)^2 / 2. Weights are taken as independent of each
+    other, as CC does; the expected divergence is right for a change of a single weight.
+
+    Args:
+        loss: `loss(outputs, *labels)` returns one number; None needs no labels.
+        data: with `loss`: batches as for `graphopt.recover`. Without, the inputs are `Knowledge.feeds`.
+        divergence: without a loss: "mse" or "kl".
+        projections: without a loss: backward passes a batch.
+
+    Raises:
+        GraphoptError: only one of loss and data is given, or an option is out of range.
+
+    Example:
+        >>> Gradient(divergence="kl").needs
+        'gradients'
+    """
+
+    name: ClassVar[str] = "gradient"
+    needs: ClassVar[str] = "gradients"
+    loss: Callable[..., torch.Tensor] | None = None
+    data: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+    divergence: str = "mse"
+    projections: int = 8
+
+    def __post_init__(self) -> None:
+        if (self.loss is None) != (self.data is None):
+            raise GraphoptError("`loss` and `data` come together", where=f"surrogate {self.name!r}")
+        if self.divergence not in ("mse", "kl"):
+            raise GraphoptError(f"there is no divergence {self.divergence!r}", help="use 'mse' or 'kl'")
+        if self.projections < 1:
+            raise GraphoptError(f"projections is {self.projections}", help="give a whole number from 1 on")
+
+    def states(self, knowledge: Knowledge, layers: Sequence[Layer]) -> dict[str, States]:
+        """See `Surrogate`. A weight that torch cannot differentiate by has F = 0: it is free to go."""
+        if importlib.util.find_spec("torch") is None:
+            raise GraphoptError(
+                f"the surrogate {self.name!r} needs torch, which is not installed",
+                help="pip install 'graphopt[torch]', or choose 'second-order'",
+            )
+        from graphopt.criteria.lifted_gradients import Gradients
+
+        weights = {layer.name: layer.node.inputs[layer.rows.linear.weight_index] for layer in layers}
+        gradients = Gradients(knowledge, [value for value in weights.values() if value is not None])
+        labelled = self.loss is not None and self.data is not None
+        if self.loss is not None and self.data is not None:
+            source = gradients.of_loss(self.loss, self.data)
+        else:
+            source = gradients.of_output(_required(self, knowledge), self.divergence, self.projections, ())
+        sums: dict[ir.Value, np.ndarray] = {}
+        count = 0
+        for step in source:
+            count += 1
+            for value, gradient in step.items():
+                sums[value] = sums.get(value, 0.0) + (gradient if labelled else np.square(gradient))
+        if not count:
+            raise DataError("no inputs to take gradients on", help="pass at least one batch")
+        found: dict[str, States] = {}
+        for layer in layers:
+            total = sums.get(weights[layer.name])  # pyright: ignore[reportArgumentType]
+            stored = np.zeros(1) if total is None else total / count
+            metric = np.square(stored) if labelled else stored / 2
+            found[layer.name] = _elementwise(layer, _by_weight(layer, metric, total is not None))
+        return found
+
+
+def _by_weight(layer: Layer, metric: np.ndarray, known: bool) -> np.ndarray:
+    """Squared derivatives by the stored weight as those by W = alpha times it, [N, C, T]."""
+    if not known:
+        return np.zeros((layer.outputs, layer.inputs, layer.taps))
+    linear = layer.rows.linear
+    alpha = linear.arranged(np.ones_like(metric))
+    return layer.expanded(linear.arranged(metric) / np.where(alpha == 0, 1.0, alpha**3))  # arranged: times alpha
+
+
+def _elementwise(layer: Layer, metric: np.ndarray | None) -> States:
+    return lambda: ElementwiseState(layer.weight(), metric, layer.units(), layer.rankable)
+
+
+@dataclass(frozen=True)
+class SecondOrder(Surrogate):
+    """I(W~) = w tr((W~ - W) C (W~ - W)^T) / P: the error of the layer's output. No labels, no gradients.
+
+    C is the covariance of what the layer reads (means go into the bias) with a ridge, P the variance of what it makes,
+    summed over channels. With "stream" it is looked at behind BatchNormalization and constant scales, and behind the
+    addition of another branch where one follows at once, so that a branch that hardly moves its residual stream is
+    worth little, and w is 1. With "measured" P is the variance right behind the layer and w what a relative error
+    there does to the outputs of the model: the weight is disturbed by noise once, and the relative squared error of
+    the outputs is divided by that of the layer.
+
+    W~ is always the best that is left of its channels and rank (`CovarianceState`): the surrogate is for compression
+    with a reconstruction (`fold-reconstruction`) behind.
+
+    Args:
+        influence: "stream" or "measured".
+        ridge: relative to the mean variance of a column.
+        columns: up to so many columns (channels x kernel positions) are told apart; beyond, kernel positions are taken
+            as uncorrelated and alike; with more channels than that, channels as well, and nothing is solved again.
+        samples: inputs that influence is measured on.
+
+    Raises:
+        GraphoptError: an option is out of range.
+
+    Example:
+        >>> SecondOrder().influence
+        'stream'
+    """
+
+    name: ClassVar[str] = "second-order"
+    needs: ClassVar[str] = "inputs"
+    influence: str = "stream"
+    ridge: float = 1e-3
+    columns: int = 2400
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        if self.influence not in _INFLUENCES:
+            raise GraphoptError(f"unknown influence {self.influence!r}", help=f"one of {', '.join(_INFLUENCES)}")
+        if not 1e-9 <= self.ridge < np.inf or self.columns < 1 or self.samples < 1:
+            raise GraphoptError("ridge is at least 1e-9, columns and samples at least 1")
+
+    def states(self, knowledge: Knowledge, layers: Sequence[Layer]) -> dict[str, States]:
+        """See `Surrogate`."""
+        feeds = _required(self, knowledge)
+        membership = Membership(knowledge)
+        ends = {layer.name: _end(layer, membership) for layer in layers}
+        pieces = Pieces(knowledge.model, feeds, threads=knowledge.threads)
+        pieces.hold(layer.rows.linear.data for layer in layers)
+        probe = _Influence(knowledge, self.samples, feeds) if self.influence == "measured" else None
+        found: dict[str, States] = {}
+        for number, layer in enumerate(layers):
+            data, (end, factor) = layer.rows.linear.data, ends[layer.name]
+            watched = [data] if probe else [data, end]
+            pieces.compute(watched)
+            covariance = self._covariance(layer, pieces, knowledge.seed)
+            weight = layer.weight()
+            if probe is not None:
+                scale = probe(layer, weight, covariance) / max(_energy(weight, covariance), _TINY)
+            else:
+                weight = weight * factor[:, None, None]
+                variance = _variance(layer, end, pieces)
+                variance = _energy(weight, covariance) if variance is None else variance
+                scale = 1 / variance if variance > 0 else 0.0
+            found[layer.name] = self._state(layer, weight * np.sqrt(scale), covariance)
+            later = {other.rows.linear.data for other in layers[number + 1 :]}
+            pieces.release(set(watched) - later)
+        return found
+
+    def _covariance(self, layer: Layer, pieces: Pieces, seed: int) -> np.ndarray:
+        """Regular covariance [C T, C T], [C, C] or variances [C]."""
+        channels, taps = layer.inputs, layer.taps
+        moments = _moments(layer, pieces, seed)
+        blocks = _shrunk(moments.input_covariance(), moments.count)
+        if channels * taps > self.columns:
+            split = blocks.reshape(len(blocks), channels // len(blocks), taps, channels // len(blocks), taps)
+            blocks = np.einsum("gatbt->gab", split) / taps
+        if channels > self.columns:
+            return np.maximum(np.einsum("gaa->ga", blocks).reshape(-1), 0)
+        covariance = np.asarray(scipy.linalg.block_diag(*blocks))
+        mean = float(np.trace(covariance)) / len(covariance)
+        np.fill_diagonal(covariance, np.diagonal(covariance) + (self.ridge * mean if mean > 0 else 1.0))
+        return covariance
+
+    def _state(self, layer: Layer, weight: np.ndarray, covariance: np.ndarray) -> States:
+        units, outputs, channels = layer.units(), layer.outputs, layer.inputs
+        if covariance.ndim == 1:
+            metric = np.broadcast_to(covariance[None, :, None], weight.shape)
+            return lambda: ElementwiseState(weight, metric, units, layer.rankable)
+        apart = len(covariance) == channels * layer.taps
+        arranged = weight.reshape(outputs, 1, -1) if apart else weight.swapaxes(1, 2)
+        taps = layer.taps if apart else 1
+        return lambda: CovarianceState(
+            arranged, covariance, units, layer.rankable, taps=taps, fold=not layer.makes
+        )
+
+
+SURROGATES: dict[str, type[Surrogate]] = {kind.name: kind for kind in (SecondOrder, Gradient, Magnitude)}
+"""Every surrogate by its name."""
+
+
+def surrogate(name_or_surrogate: str | Surrogate) -> Surrogate:
+    """A surrogate by name with its default options; a surrogate as it is.
+
+    Raises:
+        GraphoptError: there is none of that name.
+
+    Example:
+        >>> surrogate("magnitude")
+        Magnitude()
+    """
+    if isinstance(name_or_surrogate, Surrogate):
+        return name_or_surrogate
+    if name_or_surrogate not in SURROGATES:
+        raise GraphoptError(f"there is no surrogate {name_or_surrogate!r}", help=f"there are {', '.join(SURROGATES)}")
+    return SURROGATES[name_or_surrogate]()
+
+
+def _required(kind: Surrogate, knowledge: Knowledge) -> Iterable[Mapping[str, np.ndarray]]:
+    if knowledge.feeds is None:
+        raise DataError(
+            f"the surrogate {kind.name!r} needs inputs, and there are none",
+            help="pass calibration inputs (or let probes stand in), or choose 'magnitude'",
+        )
+    return knowledge.feeds
+
+
+def _moments(layer: Layer, pieces: Pieces, seed: int) -> SecondMoments:
+    """Second moments of the patches that a layer reads, of as many rows of each batch as its share."""
+    rows, data = layer.rows, layer.rows.linear.data
+    arrays = (np.asarray(pieces.array(data, batch), np.float32) for batch in range(pieces.batches))
+    counts = [rows.count(pieces.array(data, batch)) for batch in range(pieces.batches)]
+    share = (_ROWS_A_COLUMN * rows.columns + _ROWS) / max(sum(counts), 1)
+    generator = np.random.default_rng(seed)
+    moments = SecondMoments.empty(rows.groups, rows.columns, 1)
+    for array, count in zip(arrays, counts, strict=True):
+        chosen = None
+        if share < 1:
+            chosen = np.sort(generator.choice(count, max(1, int(count * share)), replace=False))
+        patches = rows.patches(array, chosen)
+        if not np.isfinite(patches).all():
+            raise DataError(
+                "an activation is NaN or infinite on these inputs",
+                where=data.name,
+                help="pass inputs of the range that the model was trained on",
+            )
+        moments.add(patches.astype(np.float32), np.zeros((patches.shape[1], rows.groups), np.float32))
+    return moments
+
+
+def _shrunk(covariances: np.ndarray, count: int) -> np.ndarray:
+    """Covariances [G, K, K] with correlations multiplied by 1 - sum var(r) / sum r^2 where rows are scarce.
+
+    Source: Schaefer and Strimmer 2005, with the variance of r of normal numbers, (1 - r^2)^2 / (n - 1).
+    """
+    columns = covariances.shape[-1]
+    if count >= _ROWS_A_COLUMN * columns or columns < 2:
+        return covariances
+    found = covariances.copy()
+    for block in found:
+        variance = np.diagonal(block).copy()
+        deviation = np.sqrt(np.where(variance > 0, variance, np.inf))
+        squares = np.square(block / deviation[:, None] / deviation)
+        np.fill_diagonal(squares, 0)
+        spread = (float(np.square(1 - squares).sum()) - columns) / max(count - 1, 1)
+        block *= 1 - min(1.0, spread / max(float(squares.sum()), _TINY))
+        np.fill_diagonal(block, variance)
+    return found
+
+
+def _energy(weight: np.ndarray, covariance: np.ndarray) -> float:
+    """tr(W C W^T) of a weight [N, C, T]; see `SecondOrder._covariance` for the forms of C."""
+    if covariance.ndim == 1:
+        return float((np.square(weight) * covariance[:, None]).sum())
+    if len(covariance) == weight.shape[1] * weight.shape[2]:
+        flat = weight.reshape(len(weight), -1)
+    else:
+        flat = weight.swapaxes(1, 2).reshape(-1, weight.shape[1])
+    return float(np.einsum("nk,nk->", flat @ covariance, flat))
+
+
+def _end(layer: Layer, membership: Membership) -> tuple[ir.Value, np.ndarray]:
+    """What a layer makes behind constant scales and shifts and the addition of another branch, and the scale [N]."""
+    value, factor = layer.node.outputs[0], np.ones(layer.outputs)
+    while (reader := sole_consumer(value)) is not None:
+        others = [operand for operand in reader.inputs if operand is not None and operand is not value]
+        constant = all(membership.is_weight(operand) for operand in others)
+        if is_op(reader, "BatchNormalization") and constant and layer.rows.linear.out_axis == 1:
+            factor = factor * membership.normalization_factor(reader)
+        elif not is_op(reader, "Add") or len(others) != 1:
+            break
+        value = reader.outputs[0]
+        if not constant:
+            break
+    return value, factor
+
+
+def _variance(layer: Layer, end: ir.Value, pieces: Pieces) -> float | None:
+    """Variance of a value summed over the channels of a layer; None where they are not on its axis there."""
+    squares, sums, count = 0.0, 0.0, 0
+    for batch in range(pieces.batches):
+        array = np.asarray(pieces.array(end, batch), np.float64)
+        axis = layer.rows.linear.out_axis
+        if not -array.ndim <= axis < array.ndim or array.shape[axis] != layer.outputs:
+            return None
+        made = layer.rows.rows(array)
+        squares, sums, count = squares + np.square(made).sum(axis=0), sums + made.sum(axis=0), count + len(made)
+    variance = squares / max(count, 1) - np.square(sums / max(count, 1))
+    total = float(np.maximum(variance, 0).sum())
+    return total if np.isfinite(total) else None
+
+
+class _Influence:
+    """What the outputs of the model suffer per unit of relative squared error of one layer."""
+
+    def __init__(self, knowledge: Knowledge, samples: int, feeds: Iterable[Mapping[str, np.ndarray]]) -> None:
+        self._model, self._threads = knowledge.model, knowledge.threads
+        self._batches = first_samples(feeds, samples)
+        session = open_session(knowledge.model, optimized=False, threads=self._threads)
+        self._expected = [session.run_feeds(batch) for batch in self._batches]
+        self._generator = np.random.default_rng(knowledge.seed)
+        self._numbers = {node: number for number, node in enumerate(knowledge.model.graph)}
+
+    def __call__(self, layer: Layer, weight: np.ndarray, covariance: np.ndarray) -> float:
+        """The influence of a layer with this weight [N, C, T] and covariance of what it reads."""
+        noise = self._generator.standard_normal(layer.rows.linear.weight().shape)
+        power = _energy(layer.expanded(noise), covariance)
+        whole = _energy(weight, covariance)
+        if not power > 0 or not whole > 0:
+            return 0.0
+        disturbed = layer.rows.linear.weight() + noise * _PROBE * np.sqrt(whole / power)
+        model = self._model.clone()
+        node = next(node for number, node in enumerate(model.graph) if number == self._numbers[layer.node])
+        index = layer.rows.linear.weight_index
+        value = node.inputs[index]
+        assert value is not None
+        kind = layer.rows.linear.dtype.numpy()
+        fresh = ir.Value(name=f"{value.name}.disturbed", shape=value.shape, type=value.type)
+        alpha = layer.rows.linear.arranged(np.ones_like(layer.rows.linear.as_read(disturbed)))
+        stored = layer.rows.linear.as_read(disturbed / np.where(alpha == 0, 1, alpha))
+        fresh.const_value = ir.Tensor(np.ascontiguousarray(stored.astype(kind)), name=fresh.name)
+        model.graph.register_initializer(fresh)
+        node.replace_input_with(index, fresh)
+        session = open_session(model, optimized=False, threads=self._threads)
+        return relative_error(session, self._batches, self._expected) / _PROBE**2
+
