@@ -39,7 +39,7 @@ from graphopt.search import Allocation, allocation
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 FOLDED_RATIOS = (0.3, 0.5)
-BITS_RATIOS = (0.3, 0.5)
+BITS_RATIOS = (0.3,)
 WIDTHS = tuple((weights, activations) for weights in (8, 6, 4) for activations in (8, 6))
 MACS = (0.8, 0.7, 0.6, 0.5)
 """What is left of the multiply-accumulates, where allocations are compared."""
@@ -93,7 +93,7 @@ def folded(setting: Setting) -> Iterator[Row]:
             same = transferred(PruneChannels(ratio=ratio, round_to=1).plan(plain.model), plain.model, own, net.model)
             for cut, plan in (("same units", same), ("own L2", own)):
                 damaged = net.cut(plan)
-                for variant in FOLDED_FORMS:
+                for variant in FOLDED_FORMS if cut == "own L2" else (BEST_FREE,):
                     progress(f"{net.name} folded, {ratio:.0%}, {cut}: {variant.name}")
                     row = net.row(damaged, variant)
                     yield {

@@ -71,13 +71,7 @@ CLOSED = tuple(
     for mean in means
 )
 """Forms of the weights and the statistics alone: as published, and the ridge with the mean corrected."""
-FORMS = (
-    PRUNE_ONLY,
-    *CLOSED,
-    LEAVES,
-    BEST_FREE,
-    WITH_IMAGES,
-)
+FORMS = (PRUNE_ONLY, *CLOSED, BEST_FREE, WITH_IMAGES)
 FOLDED_FORMS = (PRUNE_ONLY, NOISE, LEAVES, BEST_FREE, WITH_IMAGES)
 """Without statistics there is nothing that the closed forms could read."""
 

@@ -33,8 +33,10 @@ from graphopt.ir.load import load
 from graphopt.ir.removal import mask_channels, remove_channels
 from graphopt.ir.timing import Benchmark
 from graphopt.ir.trace import trace
+from graphopt.latency.profile import Profile
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, Remark, Semantics
+from graphopt.profiling import profile
 from graphopt.recipe import Recipe
 from graphopt.recover import Recovery, recover
 from graphopt.train_quantized import fake_quantize
@@ -55,6 +57,7 @@ __all__ = [
     "LiftError",
     "LoadError",
     "Pass",
+    "Profile",
     "Recipe",
     "RecipeError",
     "Recovery",
@@ -81,6 +84,7 @@ __all__ = [
     "lower",
     "mask_channels",
     "optimize",
+    "profile",
     "recover",
     "remove_channels",
     "save",

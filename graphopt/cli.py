@@ -276,6 +276,40 @@ def bench(
 
 
 @application.command()
+def profile(
+    model: ModelPath,
+    by: Annotated[str, typer.Option(help="what to show: block, node, or op (as onnxruntime runs it)")] = "block",
+    top: Annotated[int | None, typer.Option(help="how many of the dearest to show", min=1)] = None,
+    depth: Annotated[int | None, typer.Option(help="how many parts of a module path make a block", min=1)] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg|.png|.pdf", help="draw it there")] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="add the kernels to this latency table, or begin one")
+    ] = None,
+    inputs: Inputs = None,
+    specs: Specs = None,
+    target: Target = "cpu",
+    threads: Threads = 1,
+    seconds: Annotated[float, typer.Option(help="about how long to measure at most", min=0.1)] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the time goes: every kernel timed inside the whole model, by block, node or operator."""
+    from graphopt.profiling import profile_command
+
+    shown = profile_command(
+        model,
+        None if inputs is None else _arrays(inputs),
+        view=(by, top, depth),
+        plot=plot,
+        table=table,
+        target=target,
+        threads=threads,
+        seconds=seconds,
+        specs=_specs(specs),
+    )
+    _show(shown, as_json)
+
+
+@application.command()
 def verify(
     reference: ModelPath,
     candidate: ModelPath,

@@ -210,7 +210,7 @@ class _Subject:
 
 
 def _read(model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> _Subject:
-    if _is_torch(model):
+    if is_torch(model):
         from graphopt.ir.trace import trace_with_feeds
 
         traced = trace_with_feeds(model, args, kwargs, dynamic_shapes=dynamic_shapes)
@@ -291,7 +291,7 @@ def _runs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> bool:
     return True
 
 
-def _is_torch(model: Any) -> bool:
+def is_torch(model: Any) -> bool:
     """Whether the object is torch's, without importing torch for the ONNX path."""
     return any(base.__module__.partition(".")[0] == "torch" for base in type(model).__mro__)
 

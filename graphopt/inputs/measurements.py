@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,21 @@ class Measurements:
 
     def write(self, key: str, kind: str, value: Any) -> None:
         """Keep plain data under a key, in place of what was there."""
-        row = (key, kind, time.time(), json.dumps(value))
+        self.write_all({key: value}, kind)
+
+    def read_all(self, kind: str) -> dict[str, Any]:
+        """Everything that was kept as of one kind, by key; what cannot be read is left out."""
+        with self._database.reading() as database:
+            if database is not None:
+                rows = database.execute("SELECT key, value FROM measurements WHERE kind = ?", (kind,)).fetchall()
+                return {key: json.loads(value) for key, value in rows}
+        return {}
+
+    def write_all(self, values: Mapping[str, Any], kind: str) -> None:
+        """Keep plain data under several keys at once, in place of what was there."""
+        rows = [(key, kind, time.time(), json.dumps(value)) for key, value in values.items()]
         newest = "SELECT key FROM measurements ORDER BY written DESC LIMIT ?"
         with self._database.writing() as database:
             if database is not None:
-                database.execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", row)
+                database.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", rows)
                 database.execute(f"DELETE FROM measurements WHERE key NOT IN ({newest})", (_MOST,))

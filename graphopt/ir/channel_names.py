@@ -16,7 +16,7 @@ from graphopt.ir.channel_analysis import weight_sources
 from graphopt.ir.channel_units import UnitGroup, Units
 from graphopt.ir.ops.axes import ONE_OF_A_PACK
 
-_ANONYMOUS = re.compile(r"(onnx::\w+|val_\d+|[A-Za-z]+_\d+|_*\d+)$")
+ANONYMOUS = re.compile(r"(onnx::\w+|val_\d+|[A-Za-z]+_\d+|_*\d+)$")
 """Names that exporters make up for weights; the node that reads the weight says more."""
 _LINEAR = {"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul"}
 _SERVES = ("repeats", "heads", "residual", "head width", "value width", "groups", "group width", "rows")
@@ -78,7 +78,7 @@ class Namer:
                 continue
             if role == "residual":
                 if len(producers) > 1 and consumers:
-                    prefix = _prefix(values)
+                    prefix = common_module(values)
                     of = f" of {prefix}" if prefix else ""
                     return f"residual stream{of} ({len(values)} tensors)", "residual stream"
             elif role != "group width" or len(producers) == 1:
@@ -135,7 +135,7 @@ def _all_linear(nodes: Iterable[ir.Node]) -> bool:
 def _path(value: ir.Value) -> list[str]:
     """The module that owns a weight, as a path."""
     name = value.name or ""
-    if _ANONYMOUS.fullmatch(name):
+    if ANONYMOUS.fullmatch(name):
         nodes = sorted(use.node.name or "" for use in value.uses())
         scope = (nodes[0] if nodes else name).strip("/").split("/")
         return scope[:-1] if len(scope) > 1 else scope
@@ -147,9 +147,9 @@ def _module(value: ir.Value) -> str:
     return ".".join(_path(value))
 
 
-def _prefix(values: Sequence[ir.Value]) -> str:
+def common_module(values: Sequence[ir.Value]) -> str:
     """The longest module path that all weights share; made-up names do not count where others have one."""
-    named = [value for value in values if not _ANONYMOUS.fullmatch(value.name or "")] or list(values)
+    named = [value for value in values if not ANONYMOUS.fullmatch(value.name or "")] or list(values)
     paths = [_path(value) for value in named]
     common = paths[0]
     for path in paths[1:]:
@@ -161,4 +161,4 @@ def _prefix(values: Sequence[ir.Value]) -> str:
 
 
 def _common(values: Sequence[ir.Value]) -> str:
-    return _prefix(values) or _module(values[0])
+    return common_module(values) or _module(values[0])

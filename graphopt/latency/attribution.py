@@ -9,6 +9,7 @@ into which (`attribute`).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,12 @@ from dataclasses import dataclass, field
 import onnx
 import onnx_ir as ir
 
-LAYOUT_OPERATORS = frozenset({"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyToHost", "Transpose", "Cast"})
+LAYOUT_OPERATORS = frozenset(
+    {"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyToHost", "Transpose", "Reshape", "Cast"}
+)
 """What onnxruntime puts between kernels of different layouts, devices and types. Some are operators of models too."""
+_LONGEST = 64
+"""Characters of the value of an attribute that are kept as text."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Placed:
         inputs: names of the values that it reads; empty where the graph is not known.
         outputs: names of the values that it makes.
         holder: name of the kernel in whose subgraph it runs, None in the main graph.
-        index: onnxruntime's own number of it, where it was seen to run; kernels made together have numbers in a row.
+        attributes: "name=value" of each, in order of their names, subgraphs left out; see `attribute_text`.
+        constants: element type and shape of its inputs that are weights, by their place among those that are given.
         nodes: numbers of the nodes that it computes; filled by `attribute`.
         serves: for a change of layout, the node that it is for; filled by `attribute`.
     """
@@ -84,7 +90,8 @@ class Placed:
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
     holder: str | None = None
-    index: int | None = None
+    attributes: str = ""
+    constants: Mapping[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict[int, tuple[str, tuple[int, ...]]])
     nodes: list[int] = field(default_factory=list[int])
     serves: int | None = None
 
@@ -103,7 +110,7 @@ def node_names(model: ir.Model) -> tuple[str, ...]:
         ('a', 'a#2', 'y')
     """
     found: dict[str, None] = {}
-    for node, holder in _all_nodes(model.graph):
+    for node, holder in all_nodes(model.graph):
         name = node.name or next((value.name for value in node.outputs if value.name), node.op_type)
         if name in found and holder is not None:
             name = f"{holder.name or holder.op_type}/{name}"
@@ -130,8 +137,8 @@ def mark(model: ir.Model) -> Marked:
     sign = "@"
     while any(f"{sign}n" in name or f"{sign}v" in name for name in _names(model)):
         sign += "@"
-    nodes = tuple(node for node, _ in _all_nodes(model.graph))
-    copies = tuple(node for node, _ in _all_nodes(clone.graph))
+    nodes = tuple(node for node, _ in all_nodes(model.graph))
+    copies = tuple(node for node, _ in all_nodes(clone.graph))
     values: dict[tuple[int, int], str] = {}
     for number, node in enumerate(copies):
         node.name = f"{sign}n{number}{sign}"
@@ -157,16 +164,16 @@ def _producers(node: ir.Node, place: Mapping[ir.Node, int]) -> Iterator[tuple[in
             yield place[producer], value.name or ""
 
 
-def _all_nodes(graph: ir.Graph, holder: ir.Node | None = None) -> Iterator[tuple[ir.Node, ir.Node | None]]:
-    """Each node, and the one in whose subgraph it is."""
+def all_nodes(graph: ir.Graph, holder: ir.Node | None = None) -> Iterator[tuple[ir.Node, ir.Node | None]]:
+    """Each node of a graph, those of its subgraphs behind it, and the node in whose subgraph it is."""
     for node in graph:
         yield node, holder
         for attribute_ in node.attributes.values():
             if attribute_.type == ir.AttributeType.GRAPH:
-                yield from _all_nodes(attribute_.as_graph(), node)
+                yield from all_nodes(attribute_.as_graph(), node)
             elif attribute_.type == ir.AttributeType.GRAPHS:
                 for body in attribute_.as_graphs():
-                    yield from _all_nodes(body, node)
+                    yield from all_nodes(body, node)
 
 
 def _names(model: ir.Model) -> Iterator[str]:
@@ -175,15 +182,50 @@ def _names(model: ir.Model) -> Iterator[str]:
         yield from graph.initializers
 
 
-def placed_kernels(graph: onnx.GraphProto, holder: str | None = None) -> list[Placed]:
+def placed_kernels(
+    graph: onnx.GraphProto, holder: str | None = None, weights: Mapping[str, onnx.TensorProto] | None = None
+) -> list[Placed]:
     """Every kernel of a graph that onnxruntime saved, those of subgraphs after the one that holds them."""
+    known = {**(weights or {}), **{tensor.name: tensor for tensor in graph.initializer}}
     found: list[Placed] = []
     for node in graph.node:
-        found.append(Placed(node.name, node.op_type, tuple(node.input), tuple(node.output), holder))
-        for attribute_ in node.attribute:
-            for body in (attribute_.g, *attribute_.graphs):
-                found += placed_kernels(body, node.name)
+        constants = {
+            place: (onnx.TensorProto.DataType.Name(tensor.data_type).lower(), tuple(tensor.dims))
+            for place, name in enumerate(name for name in node.input if name)
+            if (tensor := known.get(name)) is not None
+        }
+        inputs, outputs = tuple(node.input), tuple(node.output)
+        found.append(Placed(node.name, node.op_type, inputs, outputs, holder, attribute_text(node), constants))
+        for one in node.attribute:
+            for body in (one.g, *one.graphs):
+                found += placed_kernels(body, node.name, known)
     return found
+
+
+def attribute_text(node: onnx.NodeProto) -> str:
+    """The attributes of a node as text, by which two nodes are compared: a digest of what is long.
+
+    Example:
+        >>> attribute_text(onnx.helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2], auto_pad="VALID"))
+        'auto_pad=VALID strides=2,2'
+    """
+    entries: list[str] = []
+    for one in sorted(node.attribute, key=lambda one: one.name):
+        if one.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            continue
+        value: object = onnx.helper.get_attribute_value(one)
+        if isinstance(value, bytes):
+            text = value.decode("utf-8", "replace")
+        elif isinstance(value, (int, float)):
+            text = f"{value:g}"
+        elif one.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
+            text = ",".join(f"{number:g}" for number in (*one.ints, *one.floats))
+        else:
+            text = hashlib.sha256(one.SerializeToString(deterministic=True)).hexdigest()[:16]
+        entries.append(
+            f"{one.name}={text if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        )
+    return " ".join(entries)
 
 
 def attribute(marked: Marked, kernels: Sequence[Placed], work: Sequence[tuple[int, int]]) -> list[int]:
@@ -219,14 +261,19 @@ def attribute(marked: Marked, kernels: Sequence[Placed], work: Sequence[tuple[in
         for number in dict.fromkeys((*named, *made)):
             kernel.nodes.append(number)
             owners[number] = place
-    _expanded(kernels, layouts)
     _fused_behind(marked, kernels, owners, exact, work)
+    for place in layouts:  # what nothing before it computes is the last part of an operator without a kernel of its own
+        for number in (one for name in kernels[place].outputs for one in marked.tokens(name)):
+            if number not in owners:
+                _give(number, place, kernels, owners)
+    layouts = [place for place in layouts if not kernels[place].nodes]
     _fused_before(marked, kernels, owners)
     for number in range(len(marked.nodes)):
         if number not in owners and (known := [owners[one] for one, _ in marked.producers[number] if one in owners]):
             _give(number, max(known), kernels, owners)
     lost = [number for number in range(len(marked.nodes)) if number not in owners]
-    whole = [place for place, kernel in enumerate(kernels) if not kernel.nodes and place not in layouts]
+    rest = [place for place, kernel in enumerate(kernels) if not kernel.nodes and place not in layouts]
+    whole = [place for place in rest if not kernels[place].outputs]  # the saved graph does not show them
     if len(whole) == 1 and lost:  # a provider that compiles a part of the graph, or all of it, into one kernel
         for number in lost:
             _give(number, whole[0], kernels, owners)
@@ -234,37 +281,13 @@ def attribute(marked: Marked, kernels: Sequence[Placed], work: Sequence[tuple[in
     for kernel in kernels:
         named = {*marked.tokens(kernel.name), *(one for name in kernel.outputs for one in marked.tokens(name))}
         kernel.nodes.sort(key=lambda one: (-work[one][0], one not in named, -work[one][1], one))
-    _serve(marked, kernels, owners, [*layouts, *(place for place in whole if not kernels[place].nodes)])
+    parts = [place for place in rest if not kernels[place].nodes]
+    _serve(marked, kernels, owners, [*layouts, *parts])
+    for place in parts:  # parts of an operator that has no kernel of its own; the last of them makes its result
+        kernel = kernels[place]
+        if kernel.serves is not None and kernel.operator not in LAYOUT_OPERATORS:
+            kernel.nodes, kernel.serves = [kernel.serves], None
     return lost
-
-
-def _expanded(kernels: Sequence[Placed], layouts: list[int]) -> None:
-    """Give kernels that the saved graph does not show to an operator there that has never run, and became them.
-
-    An operator without a kernel of its own (GroupNormalization) is replaced by the body of its function once the graph
-    was saved. It has become what runs between the kernels that make its inputs and those that read its outputs. What
-    works on its constants may run earlier; it has the nearest number.
-    """
-    makers = {name: place for place, kernel in enumerate(kernels) for name in kernel.outputs}
-    spans: list[tuple[int, int, Placed]] = []
-    for kernel in kernels:
-        if kernel.index is None and kernel.outputs and kernel.nodes:
-            readers = [place for place, other in enumerate(kernels) if set(kernel.outputs) & set(other.inputs)]
-            begin = max((makers[name] for name in kernel.inputs if name in makers), default=-1)
-            spans.append((min(readers, default=len(kernels)), begin, kernel))
-    unknown = {place: kernel for place, kernel in enumerate(kernels) if not kernel.outputs and not kernel.nodes}
-    sure: dict[int, Placed] = {}
-    for place, kernel in unknown.items():
-        inside = [span for span in spans if span[1] < place < span[0]]
-        if inside and kernel.index is not None:
-            sure[kernel.index] = min(inside, key=lambda span: span[0])[2]
-    for place, kernel in unknown.items():
-        if not sure or kernel.index is None:
-            continue
-        origin = sure[min(sure, key=lambda index: abs(index - (kernel.index or 0)))]
-        kernel.nodes, kernel.holder = list(origin.nodes), origin.holder
-        if place in layouts:
-            layouts.remove(place)
 
 
 def _give(number: int, place: int, kernels: Sequence[Placed], owners: dict[int, int]) -> None:

@@ -22,11 +22,12 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import DataError, GraphoptError
+from graphopt.inputs.observe import bound_sizes
 from graphopt.ir.cost import ModelCost, cost
-from graphopt.ir.dimensions import dimension_name
 from graphopt.ir.session import Feeds, Session, open_session
 from graphopt.ir.timing import Latency
 from graphopt.latency.attribution import Marked, Placed, attribute, mark, placed_kernels
+from graphopt.latency.calm import UNDISTURBED, believed_level, inner_mean, undisturbed
 
 LEAST_ROUNDS = 15
 """Each model runs at least so often."""
@@ -40,8 +41,8 @@ is below this share of it."""
 NOISY = 0.01
 """Above this error, when time is up, the measurement is called noisy."""
 _CHAIN, _CHAIN_ROUNDS = 64, 40
-_UNDISTURBED = 0.97
-"""A run counts as undisturbed where the thread had the core for this share of the time."""
+_LEAST_CALM = 7
+"""Runs go on until so many were undisturbed, or time is up."""
 
 _DISAGREE, _DISAGREE_MICROSECONDS = 0.1, 20.0
 """How far the sum over kernels may be from the time of the whole, as a share of that and beyond, without a note."""
@@ -70,6 +71,7 @@ class Kernel:
         nodes: the nodes of the model that it computes, the one with the most work first; empty for a change of layout.
         serves: the node that a change of layout is for; None for all other kernels.
         inside: name of the kernel in whose subgraph it runs, None in the main graph.
+        attributes: of the operator as onnxruntime runs it, as text; empty where the provider hides them.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Kernel:
     nodes: tuple[str, ...]
     serves: str | None = None
     inside: str | None = None
+    attributes: str = ""
 
     @property
     def node(self) -> str | None:
@@ -108,6 +111,7 @@ class KernelProfile:
         without_kernel: nodes that onnxruntime has folded or never runs; their time is 0.
         notes: what to know about the measurement, for instance that the machine is noisy.
         cost: multiply-accumulates and bytes of the nodes at the sizes of the feeds.
+        macs: multiply-accumulates of each of `names`.
     """
 
     kernels: tuple[Kernel, ...]
@@ -119,6 +123,7 @@ class KernelProfile:
     without_kernel: tuple[str, ...]
     notes: tuple[str, ...]
     cost: ModelCost = field(repr=False, compare=False)
+    macs: tuple[int, ...] = field(repr=False, default=())
 
     @property
     def microseconds(self) -> float:
@@ -157,7 +162,9 @@ def profile_kernels(
     Runs are repeated until the median of each model is known to `STABLE`, `LEAST_ROUNDS` at least, or until time is up.
     Each round runs every model once with onnxruntime's profiler and once without, so that what disturbs the machine
     disturbs all alike. With one thread on the CPU only runs that had the core for themselves are counted, where there
-    are enough of them. Nothing is written but to a temporary folder, which is removed.
+    are enough of them; where other processes took so much of the core that the kernels together still take longer than
+    the whole does in CPU time, the slower calls of each kernel are left out until they no longer do. Nothing is written
+    but to a temporary folder, which is removed.
 
     Args:
         model: a model in canonical form; it is not changed.
@@ -177,9 +184,11 @@ def profile_kernels(
         GraphoptError: the target is unknown or not in this build of onnxruntime.
 
     Example:
-        >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]> g (float[8,64] x) => (float[8,64] y) '
-        ...     '{ [scores] h = MatMul (x, t) [weights] y = Softmax (h) [turn] t = Transpose (x) }')
-        ... # doctest: +SKIP
+        >>> model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 21]> g (float[8,64] x) => (float[8,8] y) '
+        ...     '{ [turn] t = Transpose (x) [product] h = MatMul (x, t) [weights] y = Softmax (h) }')
+        >>> (found,) = profile_kernels(model, {"x": np.ones((8, 64), np.float32)}, seconds=0.1)
+        >>> [(kernel.operator, kernel.nodes) for kernel in found.kernels]
+        [('FusedMatMul', ('product', 'turn')), ('Softmax', ('weights',))]
     """
     if not seconds > 0:
         raise DataError(f"the time to measure is {seconds}", where="seconds", help="give a number of seconds above 0")
@@ -244,11 +253,13 @@ def _run_in_turns(runs: Sequence[_Model], feeds: Feeds, seconds: float, clock: C
         one.warm_up(feeds)
     most = max(LEAST_ROUNDS, min(_MOST_ROUNDS, _MOST_EVENTS // sum(max(len(one.placed), 1) for one in runs)))
     deadline, rounds, error = time.perf_counter() + seconds, 0, np.inf
-    while rounds < LEAST_ROUNDS or (rounds < most and error > STABLE and time.perf_counter() < deadline):
+    is_stable = False
+    while rounds < LEAST_ROUNDS or (rounds < most and not is_stable and time.perf_counter() < deadline):
         for turn in range(len(runs)):
             runs[(turn + rounds) % len(runs)].run(feeds, clock)
         rounds += 1
         error = max(one.latency().spread for one in runs) / np.sqrt(rounds)
+        is_stable = error <= STABLE and all(one.calm_runs() >= _LEAST_CALM for one in runs)
     if error <= NOISY:
         return rounds, []
     spread = max(one.latency().spread for one in runs)
@@ -284,7 +295,7 @@ class _Model:
             self.profiled = open_session(self.marked.model, target=target, threads=threads, profile_prefix=prefix)
             self.placed: list[Placed] = []
         self.plain: Session = open_session(model, target=target, threads=threads)
-        self.cost = cost(model, _sizes(model, feeds))
+        self.cost = cost(model, bound_sizes(model, feeds))
         self.seconds: list[float] = []
         self.shares: list[float] = []
 
@@ -299,9 +310,15 @@ class _Model:
         start = clock()
         self.plain.run(None, feeds)  # type: ignore[arg-type]
         self.seconds.append(clock() - start)
-        wall, thread = time.perf_counter(), time.thread_time()
+        thread = time.thread_time()
+        wall = time.perf_counter()
         self.profiled.run(None, feeds)  # type: ignore[arg-type]
-        self.shares.append((time.thread_time() - thread) / max(time.perf_counter() - wall, 1e-9))
+        wall = time.perf_counter() - wall
+        self.shares.append((time.thread_time() - thread) / max(wall, 1e-9))
+
+    def calm_runs(self) -> int:
+        """How many runs with the profiler had the core for themselves; all where that is not known."""
+        return sum(share >= UNDISTURBED for share in self.shares) if self.own_core else len(self.shares)
 
     def latency(self) -> Latency:
         """Of the runs so far, milliseconds."""
@@ -318,32 +335,44 @@ class _Model:
         runs = [run for run, _ in self.events()]
         marked, kernels = self.marked, self._executed(runs)
         known = {entry.node: (entry.macs, entry.bytes_read + entry.bytes_written) for entry in self.cost.nodes}
-        lost = attribute(marked, kernels, [known.get(node, (0, 0)) for node in marked.nodes])
+        work = [known.get(node, (0, 0)) for node in marked.nodes]
+        lost = attribute(marked, kernels, work)
         times, calls = _times(kernels, runs, overhead)
         counted = undisturbed(np.array(self.shares[: len(times)])) if self.own_core else np.ones(len(times), bool)
+        times = times[counted]
+        level = believed_level(times, self.latency().median * 1e3)
         found = tuple(
-            _kernel(marked, kernel, _first_event(kernel, runs), times[counted, place], calls[place])
+            _kernel(marked, kernel, _first_event(kernel, runs), times[:, place], calls[place], level)
             for place, kernel in enumerate(kernels)
         )
         without = tuple(marked.names[number] for number in lost)
         whole = KernelProfile(
-            found, self.latency(), rounds, self.target, self.threads, marked.names, without, tuple(notes), self.cost
+            found,
+            self.latency(),
+            rounds,
+            self.target,
+            self.threads,
+            marked.names,
+            without,
+            tuple(notes),
+            self.cost,
+            tuple(macs for macs, _ in work),
         )
         return replace(whole, notes=(*notes, *_doubts(whole)))
 
     def _executed(self, runs: Sequence[_Run]) -> list[Placed]:
         """The kernels of the graph in the order in which they run, and those that the graph does not show."""
         order = {name: place for place, name in enumerate(dict.fromkeys(name for run in runs for name in run))}
-        first = {name: events[0]["args"] for run in reversed(runs) for name, events in run.items()}
-        for kernel in self.placed:
-            if kernel.name in first:
-                kernel.index = int(first[kernel.name]["node_index"])
+        operators = {name: events[0]["args"]["op_name"] for run in runs for name, events in run.items()}
         known = {kernel.name for kernel in self.placed}
-        extra = [
-            Placed(name, first[name]["op_name"], index=int(first[name]["node_index"]))
-            for name in order
-            if name not in known
-        ]
+        unknown: dict[str, list[str]] = {}
+        for name in order:
+            if name not in known:
+                unknown.setdefault(operators[name], []).append(name)
+        for kernel in self.placed:
+            if not kernel.name and unknown.get(kernel.operator):  # without a name it goes by its operator and a number
+                kernel.name = unknown[kernel.operator].pop(0)
+        extra = [Placed(name, operator) for operator, names in unknown.items() for name in names]
         return sorted([*self.placed, *extra], key=lambda kernel: order.get(kernel.name, len(order)))
 
 
@@ -401,33 +430,11 @@ def _doubts(profile: KernelProfile) -> Iterator[str]:
         )
 
 
-def undisturbed(shares: np.ndarray) -> np.ndarray:
-    """Which runs to count, by the share of the time that the thread had the core: [runs] of bool.
-
-    All that had it throughout, and at least the better half of all: a rule that no noise can leave without runs.
-
-    Example:
-        >>> undisturbed(np.array([1.0, 0.6, 0.99, 0.98])).tolist(), undisturbed(np.array([0.5, 0.6, 0.2, 0.3])).tolist()
-        ([True, False, True, True], [True, True, False, False])
-    """
-    return shares >= min(_UNDISTURBED, float(np.median(shares)))
-
-
-def inner_mean(values: np.ndarray) -> float:
-    """Mean of the inner half: what a median would be if the clock did not count in whole microseconds.
-
-    Example:
-        >>> inner_mean(np.array([5.0, 3.0, 4.0, 900.0]))
-        4.5
-    """
-    ordered = np.sort(values)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
-
-
-def _kernel(marked: Marked, kernel: Placed, event: Mapping[str, Any], times: np.ndarray, calls: float) -> Kernel:
-    dtypes, shapes = _types(event.get("input_type_shape", ()))
-    output_dtypes, output_shapes = _types(event.get("output_type_shape", ()))
+def _kernel(
+    marked: Marked, kernel: Placed, event: Mapping[str, Any], times: np.ndarray, calls: float, level: float
+) -> Kernel:
+    dtypes, shapes = _types(event.get("input_type_shape", ()), kernel.constants)
+    output_dtypes, output_shapes = _types(event.get("output_type_shape", ()), {})
     return Kernel(
         marked.readable(kernel.name),
         kernel.operator,
@@ -436,30 +443,26 @@ def _kernel(marked: Marked, kernel: Placed, event: Mapping[str, Any], times: np.
         output_dtypes,
         output_shapes,
         event.get("provider", ""),
-        inner_mean(times),
+        inner_mean(times, level),
         *map(float, np.percentile(times, [25, 75])),
         runs=len(times),
         calls=float(calls),
         nodes=tuple(marked.names[number] for number in kernel.nodes),
         serves=None if kernel.serves is None else marked.names[kernel.serves],
         inside=None if kernel.holder is None else marked.readable(kernel.holder),
+        attributes=kernel.attributes,
     )
 
 
-def _types(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+def _types(
+    entries: Sequence[Mapping[str, Sequence[int]]], constants: Mapping[int, tuple[str, tuple[int, ...]]]
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Element types and shapes, with the weights that onnxruntime has packed for itself and no longer lists."""
     pairs = [(dtype, tuple(shape)) for entry in entries for dtype, shape in entry.items()]
+    listed = list(pairs)
+    for place, constant in sorted(constants.items() if pairs else ()):
+        if constant in listed:
+            listed.remove(constant)
+        else:
+            pairs.insert(place, constant)
     return tuple(dtype for dtype, _ in pairs), tuple(shape for _, shape in pairs)
-
-
-def _sizes(model: ir.Model, feeds: Feeds) -> dict[str, int]:
-    """Elements of the symbolic dimensions of inputs."""
-    return {
-        name: int(feeds[value.name or ""].shape[axis])
-        for value in model.graph.inputs
-        if value.name in feeds
-        for axis in range(len(value.shape or ()))
-        if axis < feeds[value.name or ""].ndim and (name := dimension_name(value, axis)) is not None
-    }
-
-
-__all__ = ["Kernel", "KernelProfile", "inner_mean", "profile_kernels", "undisturbed"]

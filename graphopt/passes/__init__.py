@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphopt.passes.contract import Context, Pass, Remark, RewriteResult, Semantics
 from graphopt.passes.convert_float import ConvertFloat
+from graphopt.passes.decompose import Decompose
 from graphopt.passes.dequantize import Dequantize
 from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.eliminate_identity import EliminateIdentity
@@ -45,6 +46,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         EqualizeChannels,
         MigrateScales,
         PruneChannels,
+        Decompose,
         Dequantize,
         FoldReconstruction,
         Quantize,
@@ -57,6 +59,7 @@ __all__ = [
     "ALL_PASSES",
     "Context",
     "ConvertFloat",
+    "Decompose",
     "Dequantize",
     "EliminateDeadCode",
     "EliminateIdentity",

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
-from graphopt.factorizations import Layer, Metric, layer_of
+from graphopt.factorizations import Factor, Layer, Metric, layer_of
 from graphopt.inputs.moments import SecondMoments
 from graphopt.ir.affine import batchnorm_affine
 from graphopt.ir.linear import LINEAR_OPS, Linear
@@ -65,6 +65,12 @@ class Site:
         """The layer with the BatchNormalization behind it."""
         return self.layer.scaled(self.scale)
 
+    def unscaled(self, factors: Sequence[Factor]) -> tuple[Factor, ...]:
+        """Factors of `scaled` as those of the layer itself."""
+        last = factors[-1]
+        scale = self.scale.reshape(-1, *[1] * (last.weight.ndim - 1))
+        return (*factors[:-1], Factor(last.shape, last.weight / scale))
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -109,6 +115,8 @@ def find_sites(model: ir.Model, keep: Sequence[str], facts: Facts) -> tuple[list
         try:
             linear = linear_view_at(node)
             if linear is None:
+                if _is_computed(node):
+                    raise DeclinedError("its weight is computed of constants: run fold-constants first")
                 continue
             if found:
                 raise DeclinedError(f"keep has {found[0]!r}")
@@ -119,6 +127,15 @@ def find_sites(model: ir.Model, keep: Sequence[str], facts: Facts) -> tuple[list
             refused.append(Refusal(name, weight_name, refusal.why))
     _check_keep(model, keep, matched)
     return sites, refused
+
+
+def _is_computed(node: ir.Node) -> bool:
+    """Whether an operand is computed of constants alone: a turned weight, say."""
+    makers = [value.producer() for value in node.inputs[:2] if value is not None]
+    return any(
+        maker is not None and maker.inputs and all(value is None or value.is_initializer() for value in maker.inputs)
+        for maker in makers
+    )
 
 
 def inner_operators(model: ir.Model) -> Iterator[ir.Node]:
@@ -154,6 +171,12 @@ def _same_attributes(first: ir.Node, second: ir.Node) -> bool:
     return {name: str(one.value) for name, one in first.attributes.items()} == {
         name: str(one.value) for name, one in second.attributes.items()
     }
+
+
+def _has_bias(linear: Linear) -> bool:
+    if is_op(linear.node, "MatMul"):
+        return linear.bias_node is not None
+    return len(linear.node.inputs) > 2 and linear.node.inputs[2] is not None
 
 
 def _layer(linears: Sequence[Linear], facts: Facts) -> Layer:
@@ -222,6 +245,8 @@ class Metrics:
     notes: dict[str, str] = field(default_factory=dict[str, str])
     _pieces: Pieces | None = field(default=None, init=False, repr=False)
     _known: dict[str, Metric | Path] = field(default_factory=dict[str, "Metric | Path"], init=False, repr=False)
+    _means: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray], init=False, repr=False)
+    _shifted: set[str] = field(default_factory=set[str], init=False, repr=False)
     _last: tuple[object, SecondMoments] | None = field(default=None, init=False, repr=False)
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
 
@@ -238,13 +263,19 @@ class Metrics:
 
     def of_linear(self, site: Site, linear: Linear) -> np.ndarray:
         """Mean of the patches of one operator of several with the same weight: float64 [G, K]."""
-        if len(site.linears) == 1 or not self.centred:
-            return self.of(site).mean
-        moments = self._moments(linear)
-        return moments.inputs / moments.count if moments.is_usable else self.of(site).mean
+        mean = self.of(site).mean
+        return self._means.get(linear.node.name or "", mean) if self.centred else mean
+
+    def new_biases(self, site: Site) -> int:
+        """How many numbers biases take that operators of a site do not have yet and get to make up for the mean."""
+        if site.name not in self._shifted:
+            return 0
+        return sum(linear.out_channels for linear in site.linears if not _has_bias(linear))
 
     def _keep(self, name: str, metric: Metric) -> None:
         self._known[name] = metric
+        if self.centred and metric.mean.any():
+            self._shifted.add(name)
         if metric.matrices is None or metric.matrices.shape[-1] <= _IN_MEMORY:
             return
         if self._folder is None:
@@ -262,9 +293,13 @@ class Metrics:
             self.notes[site.name] = f"{layer.columns} inputs of an output are too many for their second moments"
             return plain
         try:
-            total = self._moments(site.linears[0])
-            for linear in site.linears[1:]:
-                total = total.plus(self._moments(linear))
+            total: SecondMoments | None = None
+            for linear in site.linears:
+                moments = self._moments(linear)
+                if len(site.linears) > 1 and moments.is_usable:
+                    self._means[linear.node.name or ""] = moments.inputs / moments.count
+                total = moments if total is None else total.plus(moments)
+            assert total is not None
         except DeclinedError as refusal:
             self.notes[site.name] = refusal.why
             return plain

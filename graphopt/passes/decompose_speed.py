@@ -19,6 +19,7 @@ from graphopt.factorizations import Factor, FactorShape, Rank, factorization
 from graphopt.inputs.machine import machine_key
 from graphopt.inputs.measurements import Measurements
 from graphopt.ir.linear import Linear
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.rewrite import is_op, sole_consumer, to_tensor
 from graphopt.ir.session import Session, open_session
 from graphopt.ir.text import print_graph
@@ -180,7 +181,7 @@ class _Builder:
         value = ir.Value(
             name=f"w{len(self.weights)}",
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor_shape(tensor)),
             const_value=tensor,
         )
         self.weights.append(value)
@@ -189,9 +190,7 @@ class _Builder:
     def _result(self) -> ir.Value:
         return ir.Value(name=f"v{len(self.nodes)}", type=ir.TensorType(self.dtype))
 
-    def add(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()
-    ) -> ir.Value:
+    def add(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         """One node more; returns what it makes."""
         node = ir.Node("", op_type, inputs, list(attributes), outputs=[self._result()], name=f"n{len(self.nodes)}")
         self.nodes.append(node)

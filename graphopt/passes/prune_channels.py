@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.passes.contract import Context, Pass, Remark, Semantics
 from graphopt.passes.fold_reconstruction import LEAST_SQUARES, RECONSTRUCTIONS, FoldReconstruction
+from graphopt.passes.lazy_inputs import LazyInputs
 from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped, with_blockers
 from graphopt.passes.prune_plan import GroupPlan, PrunePlan, SkippedGroup, digest_of
 from graphopt.search import Allocation, Candidate, CostModel, Problem, Solution, Target, allocation, solve, unit_step
@@ -183,7 +184,7 @@ class PruneChannels(Pass):
         groups = channel_groups(model, sizes=known_sizes(model, context.sizes))
         chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
         remark_skipped(skipped, context)
-        feeds = _Feeds(model, context, self.source)
+        feeds = LazyInputs(model, context, self.source, "prune channels")
         ranking = criterion(self.criterion)
         knowledge = Knowledge(
             model, groups, None if ranking.needs == "weights" else feeds, max(context.threads, 0), self.seed
@@ -226,7 +227,7 @@ class PruneChannels(Pass):
         problem: Problem,
         solution: Solution,
         skipped: list[SkippedGroup],
-        feeds: _Feeds,
+        feeds: LazyInputs,
         remarks: Sequence[Remark],
     ) -> PrunePlan:
         target = self.target
@@ -282,23 +283,6 @@ def _from_table(option: str, table: Mapping[str, Any]) -> Criterion | Allocation
         raise GraphoptError(f"{option} is a table without a name", help=f'{option} = {{name = "...", ...}}')
     name = values.pop("name")
     return criterion(name, **values) if option == "criterion" else allocation(name, **values)
-
-
-class _Feeds:
-    """Batches of inputs that are made when somebody first asks for them, the same ones for everybody."""
-
-    def __init__(self, model: ir.Model, context: Context, source: str) -> None:
-        self._model, self._context, self._source = model, context, source
-        self._batches: Iterable[Mapping[str, np.ndarray]] | None = None
-        self.sentence = ""
-
-    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
-        if self._batches is None:
-            found = self._context.inputs(self._model, self._source)
-            self._batches = found.batches
-            self.sentence = f"{found.source}: {found.why}"
-            self._context.note("prune channels", f"inputs from {self.sentence}", "model")
-        return iter(self._batches)
 
 
 def _group_plan(candidate: Candidate, removed: tuple[int, ...]) -> GroupPlan:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import DataError, GraphoptError, WriteError
+from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.observe import bound_sizes
 from graphopt.ir.cost import cost
+from graphopt.ir.figures import drawing
 from graphopt.ir.session import open_session
 from graphopt.passes.quantize_effects import (
     MEASURES,
@@ -417,20 +418,9 @@ def _made(kind: type[Any], data: Mapping[str, Any]) -> Any:
 
 
 def _plot(diagnosis: Diagnosis, path: Path) -> Path:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise GraphoptError(
-            "a plot needs matplotlib, which is not installed", help="pip install 'graphopt[plot]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise GraphoptError(f"no format {path.suffix!r} of plots", where=str(path), help="use .svg, .png or .pdf")
     rows = max(min(len(diagnosis.operators), 40), min(len(diagnosis.tensors), 40), 4)
-    with matplotlib.rc_context({"svg.hashsalt": "graphopt", "font.size": 8}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 1.5 + 0.22 * rows), constrained_layout=True)
+    with drawing(path, width=14, height=1.5 + 0.22 * rows) as figure:
+        left, right = figure.subplots(1, 2)
         operators, tensors = diagnosis.operators[:40][::-1], diagnosis.tensors[:40][::-1]
         left.barh([one.node for one in operators], [_finite(one.alone) for one in operators])
         left.axvline(_finite(diagnosis.error), color="black", linestyle=":", label="everything quantized")
@@ -443,12 +433,6 @@ def _plot(diagnosis: Diagnosis, path: Path) -> Path:
         )
         right.set_xlabel("SQNR, dB")
         right.legend(loc="lower right")
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise WriteError(f"the plot cannot be written: {error.strerror}", where=str(path)) from error
-        finally:
-            pyplot.close(figure)
     return path
 
 

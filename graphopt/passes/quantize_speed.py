@@ -11,21 +11,17 @@ graph and the machine: the next call measures nothing.
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import networkx
 import onnx_ir as ir
-import onnxruntime
 
 from graphopt.errors import GraphoptError
+from graphopt.inputs.machine import machine_key
 from graphopt.inputs.measurements import Measurements
 from graphopt.inputs.probes import probe_feeds, symbolic_sizes
 from graphopt.ir.cost import cost
@@ -46,9 +42,6 @@ _LEAST_SECONDS, _MOST_SECONDS, _ROUNDS = 0.1, 1.5, 15
 """A timing takes about so many rounds, within these bounds."""
 _KERNELS = ("static", "dynamic", "integer", "folded")
 """Forms of operators that compute on integers."""
-
-_CPU_FIELDS = ("model name", "flags", "CPU part", "Features")
-"""Of /proc/cpuinfo, on x86 and on ARM."""
 
 Decide = Callable[[str, Overrides], QuantizePlan]
 Write = Callable[[ir.Model, QuantizePlan], None]
@@ -146,23 +139,7 @@ def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequenc
     """All that a timing depends on; weights do not count, so a fine-tuned network is known."""
     widths = [[(one.node, one.form, one.weight_bits) for one in plan.operators] for plan in plans]
     parts = (print_graph(model), tuple(forms), sorted(context.sizes.items()), context.target, context.threads, widths)
-    place = (_processor(), onnxruntime.__version__)
-    return hashlib.sha256("\n".join(map(repr, (*parts, *place))).encode()).hexdigest()
-
-
-@cache
-def _processor() -> str:
-    """The name of the processor and what it can do, by which onnxruntime chooses its kernels.
-
-    The name does not say it alone: virtual machines on different processors have the same.
-    """
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
-        found = [line.partition(":")[2].strip() for line in lines if line.startswith(_CPU_FIELDS)]
-        if found:
-            return f"{', '.join(found)}, {os.cpu_count()}"
-    return f"{platform.machine()}, {platform.processor()}, {os.cpu_count()}"
+    return hashlib.sha256("\n".join(map(repr, (*parts, *machine_key()))).encode()).hexdigest()
 
 
 class _Timing:

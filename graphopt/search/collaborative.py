@@ -220,29 +220,35 @@ class Collaborator:
         return self._tables[key]
 
     def _stride(self, how: Collaborative) -> Stride:
-        kinds = {"prune": ("units",), "sequence": ("units",), "decompose": ("terms",)}.get(how.mode, how.stride.kinds)
+        alone = how.mode in ("prune", "sequence") or (how.mode == "joint" and how.search == "tables")
+        kinds = ("units",) if alone else ("terms",) if how.mode == "decompose" else how.stride.kinds
         return Stride(how.stride.gamma, how.stride.share, kinds)
 
     def _chosen(self, how: Collaborative, tables: Tables, whole: float, share: float) -> Choice:
         budget = share * whole
-        none = {candidate.name: 0 for candidate in self.candidates}
-        if how.mode == "sequence":
-            half = self._searched(how, "units", tables, (1 + share) / 2 * whole)
-            return TableSearch(tables, self.costing, fixed=half.removed).solve(budget)
+        if how.search == "rates" and how.mode != "sequence":
+            return GlobalRates(self.descents(self._stride(how)), self.costing, how.limit).solve(budget, tables)
         if how.mode == "decompose":
-            if how.search == "tables":
-                return TableSearch(tables, self.costing, fixed=none).solve(budget)
-            return self._searched(how, "terms", tables, budget)
-        return self._searched(how, "units" if how.mode == "prune" else "joint", tables, budget)
+            return TableSearch(tables, self.costing, fixed=dict.fromkeys(tables.widths, 0)).solve(budget)
+        if how.mode == "prune":
+            return TableSearch(tables, self.costing, low_rank=False).solve(budget)
+        if how.mode == "sequence":
+            return self._in_sequence(how, tables, whole, share)
+        search = TableSearch(tables, self.costing)
+        apart = [TableSearch(tables, self.costing, low_rank=False).solve(budget)]
+        apart.append(self._in_sequence(how, tables, whole, share))
+        return search.solve(budget, apart)
 
-    def _searched(self, how: Collaborative, kind: str, tables: Tables, budget: float) -> Choice:
-        if how.search == "tables":
-            return TableSearch(tables, self.costing, low_rank=kind != "units").solve(budget)
-        return GlobalRates(self.descents(self._stride(how)), self.costing, how.limit).solve(budget, tables)
+    def _in_sequence(self, how: Collaborative, tables: Tables, whole: float, share: float) -> Choice:
+        """Channels for half of the saving, then ranks."""
+        half = (1 + share) / 2 * whole
+        if how.search == "rates":
+            first = GlobalRates(self.descents(self._stride(how)), self.costing, how.limit).solve(half, tables)
+        else:
+            first = TableSearch(tables, self.costing, low_rank=False).solve(half)
+        return TableSearch(tables, self.costing, fixed=first.removed).solve(share * whole)
 
-    def _result(
-        self, how: Collaborative, tables: Tables, choice: Choice, whole: float, after: float
-    ) -> Collaboration:
+    def _result(self, how: Collaborative, tables: Tables, choice: Choice, whole: float, after: float) -> Collaboration:
         selection = {
             name: tuple(sorted(map(int, tables.orders[name][:count])))
             for name, count in choice.removed.items()

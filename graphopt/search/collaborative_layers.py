@@ -79,6 +79,13 @@ class Layer:
         whole[index, :, index] = weight.reshape(linear.groups, -1, *weight.shape[1:])
         return whole.reshape(self.outputs, self.inputs, self.taps)
 
+    def compact(self, weight: np.ndarray) -> np.ndarray:
+        """What `expanded` is given, of what it returns."""
+        linear = self.rows.linear
+        blocks = weight.reshape(linear.groups, self.outputs // linear.groups, linear.groups, -1, self.taps)
+        index = np.arange(linear.groups)
+        return blocks[index, :, index].reshape(self.outputs, self.inputs // linear.groups, *linear.kernel)
+
     def units(self) -> np.ndarray:
         """Channels of each unit of `reads`, one candidate after the other: int64 [units, most channels], -1 is none."""
         blocks = [channels_of(owned, self.inputs) for _, owned in self.reads]

@@ -90,7 +90,9 @@ class GlobalRates:
     def _saved(self, descent: Descent, step: Step, ranks: Mapping[str, int]) -> float:
         """What a step saves with everything else whole."""
         removed = {descent.item.name: step.units} if descent.item.candidate is not None else {}
-        cut = {layer.name: ranks[layer.name] for layer in descent.item.layers if self._is_cut(layer.name, ranks, descent)}
+        cut = {
+            layer.name: ranks[layer.name] for layer in descent.item.layers if self._is_cut(layer.name, ranks, descent)
+        }
         return self._whole - self._costing.total(removed, cut)
 
     def _is_cut(self, name: str, ranks: Mapping[str, int], descent: Descent) -> bool:

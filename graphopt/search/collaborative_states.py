@@ -87,8 +87,8 @@ class ElementwiseState(LayerState):
     which is the formula of CC (Li et al. 2021, arXiv 2105.11228) where all channels may go (m = 1): the channels add up
     to W_u, and so do the terms. Everything comes from one decomposition of W_t and from sums over channels. One thing
     is approximated: behind the removal of a channel the last sum is taken as that of W_t without the column, instead
-    of from a decomposition for every channel. It is exact for F = 1; for random F on 8 x 8 layers E_next is off by less
-    than 2 % (`tests/search/test_collaborative.py`).
+    of from a decomposition for every channel. It is exact for F = 1; for random F on 8 x 8 layers E_next is off by at
+    most 5 % (`tests/search/test_collaborative.py`).
 
     Args:
         weight: W, float64 [N, C, T].
@@ -258,7 +258,7 @@ def _weighted(metric: np.ndarray | None, change: np.ndarray) -> float:
 
 
 class CovarianceState(LayerState):
-    """I(W~) = tr((W~ - W) C (W~ - W)^T) with W~ the best weight on the channels that are left, of the rank that is left.
+    """I(W~) = tr((W~ - W) C (W~ - W)^T) with W~ the best weight on the channels and of the rank that are left.
 
     When a unit u goes, what is left is solved again (least squares in closed form, as the reconstruction behind a
     pruning will), and with H the inverse of C on what is left that costs
@@ -282,6 +282,7 @@ class CovarianceState(LayerState):
         blocks: channels of each unit, int64 [units, most channels], -1 is none.
         rankable: whether rank-one terms may go.
         taps: columns of a channel.
+        term_price: what a unit of loss of rank counts, relative to one of channels; 1 for the error as it is.
         fold: whether outputs may be mixed, which is faster where they are more than the columns; `losses` then takes
             no `outputs`.
 
@@ -301,6 +302,7 @@ class CovarianceState(LayerState):
         *,
         taps: int = 1,
         fold: bool = False,
+        term_price: float = 1.0,
     ) -> None:
         self.blocks, self._rankable = blocks, rankable
         self.alive = np.ones(len(blocks), bool)
@@ -313,8 +315,8 @@ class CovarianceState(LayerState):
             self._energy += each @ covariance @ each.T
         self._whole = np.diagonal(self._energy).copy()
         self._weight = weight.copy()
-        self._columns = np.arange(weight.shape[2])
-        self._taps = taps
+        self._columns, self._count = np.arange(weight.shape[2]), weight.shape[2]
+        self._taps, self._price = taps, term_price
         self._inverse = np.zeros((0, 0))
         if len(blocks):
             self._inverse = _inverted(covariance)
@@ -334,8 +336,8 @@ class CovarianceState(LayerState):
         costs = np.square(self._whitened()).sum(axis=(1, 2))
         scores = self.loss + costs
         if gamma:
-            energy = float(np.trace(self._energy)) if self.rank else 0.0
-            ahead = costs.sum() - costs + (energy - costs if self.rank else 0.0)
+            energy = float(np.trace(self._energy))
+            ahead = costs.sum() - costs + (self._price * (energy - costs) if self.rank else 0.0)
             scores = scores + gamma * (scores + ahead / max(self.left - 1, 1))
         found[self.alive] = scores
         return found
@@ -345,7 +347,7 @@ class CovarianceState(LayerState):
         if not self.rank:
             return np.zeros(0)
         values, vectors = self._decomposed()
-        scores = self.loss + values
+        scores = self.loss + self._price * values
         if gamma:
             channels, total = np.zeros(len(values)), 0.0
             if self.alive.any():
@@ -353,7 +355,7 @@ class CovarianceState(LayerState):
                 parts = whitened.reshape(len(whitened), len(self._energy), -1).swapaxes(0, 1)
                 channels = np.square(vectors.T @ parts.reshape(len(self._energy), -1)).sum(axis=1)
                 total = float(np.square(whitened).sum())
-            ahead = total - channels + float(values.sum()) - values
+            ahead = total - channels + self._price * (float(values.sum()) - values)
             scores = scores + gamma * (scores + ahead / max(self.left - 1, 1))
         return scores
 
@@ -362,7 +364,7 @@ class CovarianceState(LayerState):
         if not gamma:
             return self.loss
         ahead = float(np.square(self._whitened()).sum()) if self.alive.any() else 0.0
-        ahead += float(np.trace(self._energy)) if self.rank else 0.0
+        ahead += self._price * float(np.trace(self._energy)) if self.rank else 0.0
         return self.loss + gamma * (self.loss + ahead / max(self.left, 1))
 
     def remove(self, units: np.ndarray, terms: np.ndarray) -> None:
@@ -370,7 +372,7 @@ class CovarianceState(LayerState):
         if len(terms):
             values, vectors = self._decomposed()
             gone = vectors[:, terms]
-            self.loss += float(values[terms].sum())
+            self.loss += self._price * float(values[terms].sum())
             flat = self._weight.reshape(len(self._weight), -1)
             self._weight = (flat - gone @ (gone.T @ flat)).reshape(self._weight.shape)
             self._energy = self._energy - (gone * values[terms]) @ gone.T
@@ -381,7 +383,18 @@ class CovarianceState(LayerState):
 
     def snapshot(self) -> Snapshot:
         """See `LayerState`."""
-        return _CovarianceSnapshot(self._energy, self._whole - np.diagonal(self._energy))
+        return _CovarianceSnapshot(self._energy, self._whole - np.diagonal(self._energy), self._price)
+
+    @property
+    def left_energy(self) -> float:
+        """tr(W C W^T) of what is left."""
+        return float(np.trace(self._energy))
+
+    def weight(self, taps: int) -> np.ndarray:
+        """What is left, 0 where channels are gone, float64 [N, C, T] for T `taps` of the layer; not where folded."""
+        whole = np.zeros((*self._weight.shape[:2], self._count))
+        whole[:, :, self._columns] = self._weight
+        return whole.reshape(len(whole), -1, taps) if self._weight.shape[1] == 1 else whole.swapaxes(1, 2)
 
     # Parts --------------------------------------------------------------------------------------------------
 
@@ -393,7 +406,7 @@ class CovarianceState(LayerState):
         return np.where(real, np.searchsorted(self._columns, np.where(real, columns, 0)), -1)
 
     def _whitened(self) -> np.ndarray:
-        """W_u L^-T with L L^T = H_uu of each unit that is left: float64 [units, N X, columns]; its squares are costs."""
+        """W_u L^-T with L L^T = H_uu of each unit that is left: float64 [units, N X, columns]; squares are costs."""
         places = self._places(np.flatnonzero(self.alive))
         none = places < 0
         blocks = self._inverse[places[:, :, None], places[:, None, :]]
@@ -435,10 +448,11 @@ class CovarianceState(LayerState):
 
 @dataclass(frozen=True, eq=False)
 class _CovarianceSnapshot(Snapshot):
-    """M = W C W^T of what is left, float64 [N, N], and what is lost of each output, float64 [N]."""
+    """M = W C W^T of what is left, float64 [N, N], what is lost of each output, float64 [N], and the price of rank."""
 
     energy: np.ndarray
     lost: np.ndarray
+    price: float
 
     def losses(self, ranks: Sequence[int], outputs: np.ndarray | None = None) -> tuple[float, np.ndarray]:
         """See `Snapshot`."""
@@ -448,7 +462,7 @@ class _CovarianceSnapshot(Snapshot):
         energy = self.energy if outputs is None else self.energy[np.ix_(outputs, outputs)]
         values = np.maximum(np.linalg.eigvalsh(energy), 0)
         tail = np.append(0.0, np.cumsum(values))[::-1]
-        return lost, lost + tail[np.minimum(ranks, len(values))]
+        return lost, lost + self.price * tail[np.minimum(ranks, len(values))]
 
 
 def _inverted(covariance: np.ndarray) -> np.ndarray:

@@ -144,9 +144,7 @@ class _Run:
     def step(self) -> Step:
         """Where it is."""
         ranks = {
-            layer.name: state.rank
-            for layer, state in zip(self.item.layers, self.states, strict=True)
-            if layer.rankable
+            layer.name: state.rank for layer, state in zip(self.item.layers, self.states, strict=True) if layer.rankable
         }
         return Step(len(self.gone), ranks, sum(state.loss for state in self.states))
 

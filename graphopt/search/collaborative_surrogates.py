@@ -1,4 +1,4 @@
-"""What a layer's weight is worth to the loss: surrogates by which channels and rank-one terms are scored in one coin."""
+"""What a layer's weight is worth to the loss: channels and rank-one terms are scored in one coin."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.moments import SecondMoments
 from graphopt.ir.pieces import Pieces
 from graphopt.ir.rewrite import is_op, sole_consumer
-from graphopt.ir.session import open_session
+from graphopt.search.collaborative_influence import Influence
 from graphopt.search.collaborative_layers import Layer
 from graphopt.search.collaborative_states import CovarianceState, ElementwiseState, LayerState
-from graphopt.search.sensitivity import first_samples, relative_error
 
 if TYPE_CHECKING:
     import torch
 
 _ROWS_A_COLUMN, _ROWS = 16, 8192
 """How many rows are looked at for each column, and beyond."""
-_INFLUENCES = ("stream", "measured")
-_PROBE = 0.1
-"""Relative error, as a root, that influence is measured at."""
+_INFLUENCES = ("measured", "stream")
 _TINY = 1e-30
 
 States = Callable[[], LayerState]
@@ -175,17 +172,17 @@ class SecondOrder(Surrogate):
     """I(W~) = w tr((W~ - W) C (W~ - W)^T) / P: the error of the layer's output. No labels, no gradients.
 
     C is the covariance of what the layer reads (means go into the bias) with a ridge, P the variance of what it makes,
-    summed over channels. With "stream" it is looked at behind BatchNormalization and constant scales, and behind the
-    addition of another branch where one follows at once, so that a branch that hardly moves its residual stream is
-    worth little, and w is 1. With "measured" P is the variance right behind the layer and w what a relative error
-    there does to the outputs of the model: the weight is disturbed by noise once, and the relative squared error of
-    the outputs is divided by that of the layer.
+    summed over channels, behind BatchNormalization and constant scales, and behind the addition of another branch where
+    one follows at once, so that a branch that hardly moves its residual stream is worth little. w is what such
+    an error does to the outputs of the model: 1 with "stream", and with "measured" found by damaging each layer once
+    for channels and once for rank (`graphopt.search.collaborative_influence.Influence`); the two kinds of loss, which
+    add up exactly, each have their own w then.
 
     W~ is always the best that is left of its channels and rank (`CovarianceState`): the surrogate is for compression
     with a reconstruction (`fold-reconstruction`) behind.
 
     Args:
-        influence: "stream" or "measured".
+        influence: "measured" or "stream".
         ridge: relative to the mean variance of a column.
         columns: up to so many columns (channels x kernel positions) are told apart; beyond, kernel positions are taken
             as uncorrelated and alike; with more channels than that, channels as well, and nothing is solved again.
@@ -196,12 +193,12 @@ class SecondOrder(Surrogate):
 
     Example:
         >>> SecondOrder().influence
-        'stream'
+        'measured'
     """
 
     name: ClassVar[str] = "second-order"
     needs: ClassVar[str] = "inputs"
-    influence: str = "stream"
+    influence: str = "measured"
     ridge: float = 1e-3
     columns: int = 2400
     samples: int = 32
@@ -218,31 +215,39 @@ class SecondOrder(Surrogate):
         membership = Membership(knowledge)
         ends = {layer.name: _end(layer, membership) for layer in layers}
         pieces = Pieces(knowledge.model, feeds, threads=knowledge.threads)
-        pieces.hold(layer.rows.linear.data for layer in layers)
-        probe = _Influence(knowledge, self.samples, feeds) if self.influence == "measured" else None
+        pieces.hold(value for layer in layers for value in (layer.rows.linear.data, ends[layer.name][0]))
+        probe = Influence(knowledge, feeds, self.samples) if self.influence == "measured" else None
         found: dict[str, States] = {}
-        for number, layer in enumerate(layers):
-            data, (end, factor) = layer.rows.linear.data, ends[layer.name]
-            watched = [data] if probe else [data, end]
+        for layer in layers:
+            watched = [layer.rows.linear.data, ends[layer.name][0]]
             pieces.compute(watched)
-            covariance = self._covariance(layer, pieces, knowledge.seed)
-            weight = layer.weight()
-            if probe is not None:
-                scale = probe(layer, weight, covariance) / max(_energy(weight, covariance), _TINY)
-            else:
-                weight = weight * factor[:, None, None]
-                variance = _variance(layer, end, pieces)
-                variance = _energy(weight, covariance) if variance is None else variance
-                scale = 1 / variance if variance > 0 else 0.0
-            found[layer.name] = self._state(layer, weight * np.sqrt(scale), covariance)
-            later = {other.rows.linear.data for other in layers[number + 1 :]}
-            pieces.release(set(watched) - later)
+            found[layer.name] = self._measured(layer, *ends[layer.name], pieces, knowledge.seed, probe)
+            pieces.release(watched * 2)  # held once from the beginning and once by `compute`
         return found
 
-    def _covariance(self, layer: Layer, pieces: Pieces, seed: int) -> np.ndarray:
+    def _measured(
+        self, layer: Layer, end: ir.Value, factor: np.ndarray, pieces: Pieces, seed: int, probe: Influence | None
+    ) -> States:
+        """The state of a layer whose input and end are known."""
+        moments = _moments(layer, pieces, seed)
+        covariance = self._covariance(layer, moments)
+        weight = layer.weight() * factor[:, None, None]
+        variance = _variance(layer, end, pieces)
+        variance = _energy(weight, covariance) if variance is None else variance
+        scale = np.sqrt(1 / variance) if variance > 0 else 0.0
+        if probe is None or covariance.ndim == 1 or not scale:
+            return self._state(layer, weight * scale, covariance)
+        whole = self._state(layer, weight * scale, covariance, fold=False)
+        state, again = whole(), whole()
+        assert isinstance(state, CovarianceState)
+        assert isinstance(again, CovarianceState)
+        mean = (moments.inputs / max(moments.count, 1)).reshape(-1)
+        units, terms = probe(layer, state, again, factor * scale, mean)
+        return self._state(layer, weight * scale * np.sqrt(units), covariance, terms / max(units, _TINY))
+
+    def _covariance(self, layer: Layer, moments: SecondMoments) -> np.ndarray:
         """Regular covariance [C T, C T], [C, C] or variances [C]."""
         channels, taps = layer.inputs, layer.taps
-        moments = _moments(layer, pieces, seed)
         blocks = _shrunk(moments.input_covariance(), moments.count)
         if channels * taps > self.columns:
             split = blocks.reshape(len(blocks), channels // len(blocks), taps, channels // len(blocks), taps)
@@ -254,7 +259,10 @@ class SecondOrder(Surrogate):
         np.fill_diagonal(covariance, np.diagonal(covariance) + (self.ridge * mean if mean > 0 else 1.0))
         return covariance
 
-    def _state(self, layer: Layer, weight: np.ndarray, covariance: np.ndarray) -> States:
+    def _state(
+        self, layer: Layer, weight: np.ndarray, covariance: np.ndarray, price: float = 1.0, *, fold: bool = True
+    ) -> States:
+        """A state; `price` is what a unit of loss of rank counts, relative to one of channels."""
         units, outputs, channels = layer.units(), layer.outputs, layer.inputs
         if covariance.ndim == 1:
             metric = np.broadcast_to(covariance[None, :, None], weight.shape)
@@ -262,8 +270,9 @@ class SecondOrder(Surrogate):
         apart = len(covariance) == channels * layer.taps
         arranged = weight.reshape(outputs, 1, -1) if apart else weight.swapaxes(1, 2)
         taps = layer.taps if apart else 1
+        folds = fold and not layer.makes
         return lambda: CovarianceState(
-            arranged, covariance, units, layer.rankable, taps=taps, fold=not layer.makes
+            arranged, covariance, units, layer.rankable, taps=taps, fold=folds, term_price=price
         )
 
 
@@ -380,39 +389,3 @@ def _variance(layer: Layer, end: ir.Value, pieces: Pieces) -> float | None:
     variance = squares / max(count, 1) - np.square(sums / max(count, 1))
     total = float(np.maximum(variance, 0).sum())
     return total if np.isfinite(total) else None
-
-
-class _Influence:
-    """What the outputs of the model suffer per unit of relative squared error of one layer."""
-
-    def __init__(self, knowledge: Knowledge, samples: int, feeds: Iterable[Mapping[str, np.ndarray]]) -> None:
-        self._model, self._threads = knowledge.model, knowledge.threads
-        self._batches = first_samples(feeds, samples)
-        session = open_session(knowledge.model, optimized=False, threads=self._threads)
-        self._expected = [session.run_feeds(batch) for batch in self._batches]
-        self._generator = np.random.default_rng(knowledge.seed)
-        self._numbers = {node: number for number, node in enumerate(knowledge.model.graph)}
-
-    def __call__(self, layer: Layer, weight: np.ndarray, covariance: np.ndarray) -> float:
-        """The influence of a layer with this weight [N, C, T] and covariance of what it reads."""
-        noise = self._generator.standard_normal(layer.rows.linear.weight().shape)
-        power = _energy(layer.expanded(noise), covariance)
-        whole = _energy(weight, covariance)
-        if not power > 0 or not whole > 0:
-            return 0.0
-        disturbed = layer.rows.linear.weight() + noise * _PROBE * np.sqrt(whole / power)
-        model = self._model.clone()
-        node = next(node for number, node in enumerate(model.graph) if number == self._numbers[layer.node])
-        index = layer.rows.linear.weight_index
-        value = node.inputs[index]
-        assert value is not None
-        kind = layer.rows.linear.dtype.numpy()
-        fresh = ir.Value(name=f"{value.name}.disturbed", shape=value.shape, type=value.type)
-        alpha = layer.rows.linear.arranged(np.ones_like(layer.rows.linear.as_read(disturbed)))
-        stored = layer.rows.linear.as_read(disturbed / np.where(alpha == 0, 1, alpha))
-        fresh.const_value = ir.Tensor(np.ascontiguousarray(stored.astype(kind)), name=fresh.name)
-        model.graph.register_initializer(fresh)
-        node.replace_input_with(index, fresh)
-        session = open_session(model, optimized=False, threads=self._threads)
-        return relative_error(session, self._batches, self._expected) / _PROBE**2
-

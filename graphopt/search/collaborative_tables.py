@@ -147,11 +147,12 @@ class TableSearch:
             for name in tables.widths
         }
 
-    def solve(self, budget: float) -> Choice:
+    def solve(self, budget: float, others: Sequence[Choice] = ()) -> Choice:
         """The widths and ranks; above the budget only where nothing is within it.
 
         Args:
             budget: in the coin of the cost.
+            others: what else was found; the result is no worse than any of them that is within the budget.
         """
         start = Choice({name: self._fixed.get(name, 0) for name in self._tables.widths})
         if self.cost(start) <= budget:
@@ -171,7 +172,8 @@ class TableSearch:
                     best = found
             if low and high / low < 1.0005:
                 break
-        return self._filled(best, budget)
+        found = [self._filled(one, budget) for one in (best, *others) if self.cost(one) <= budget] or [best]
+        return min(found, key=self._tables.loss)
 
     def cost(self, choice: Choice) -> float:
         """Of the whole model."""

@@ -213,6 +213,25 @@ class CostModel:
         """MACs of a node in the model as it is, over all its runs."""
         return self._macs.get(node, 0)
 
+    def macs_without(self, node: ir.Node, removed: Mapping[str, int], block: int = 1) -> int:
+        """MACs of a node of the main graph, over all its runs, with that many units of each group gone.
+
+        Args:
+            node: the node.
+            removed: units by name of the group.
+            block: as for `shapes`.
+        """
+        row = self.groups.analysis.row(node)
+        if not self.macs(node) or row is None or row.cost is None:
+            return 0
+        if node not in self._constants:
+            self._constants[node] = tuple(
+                self._facts.constant(value) if index in row.structural else None
+                for index, value in enumerate(node.inputs)
+            )
+        inputs, outputs = self.shapes(node, removed, block)
+        return self._runs.get(node, 1) * row.cost(Site(node, inputs, outputs, self._constants[node]))
+
     def groups_around(self, node: ir.Node) -> tuple[str, ...]:
         """Names of the groups whose units are coordinates of what a node reads or makes."""
         inputs, outputs = self._sides(node)
@@ -308,9 +327,11 @@ class CostModel:
                     numbers = numbers_per_element(value, row_of)
                     self._terms.append(_Term(parts, _Weight(extents, numbers, tensor.dtype)))
         self._macs: dict[ir.Node, int] = {}
+        self._runs: dict[ir.Node, int] = {}
+        self._constants: dict[ir.Node, tuple[np.ndarray | None, ...]] = {}
         for entry in self.counted.nodes:
             if entry.macs and entry.runs:
-                self._macs[entry.node] = entry.macs
+                self._macs[entry.node], self._runs[entry.node] = entry.macs, entry.runs
                 self._collect_node(entry, facts)
 
     def _sides(self, node: ir.Node) -> tuple[_Operands, _Operands]:

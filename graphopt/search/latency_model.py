@@ -8,8 +8,8 @@ surrounds a node is in its figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -17,20 +17,39 @@ from scipy.optimize import nnls
 
 from graphopt.errors import SelectionError
 from graphopt.ir.channels import Selection
-from graphopt.ir.ops.row import Site, UnknownShapeError
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import Feeds
-from graphopt.latency.kernels import KernelProfile, node_name, profile_kernels
+from graphopt.latency.kernels import KernelProfile, profile_kernels
+from graphopt.search.collaborative_layers import Layer, macs
 from graphopt.search.contract import Candidate
-from graphopt.search.costs import CostModel, Shapes
+from graphopt.search.costs import CostModel
 from graphopt.search.rounding import BLOCK
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the units that variants keep."""
 MIXED = 6
 """Variants in which each group keeps a share of its own, drawn at random, beside those where all keep the same."""
+_RANK_LEVELS = (0.0, 0.33, 0.67, 1.0)
+"""Where in the list of its ranks each layer is measured."""
 _AT_ONCE = 3
 """Variants that are measured in turns with the whole model, which bounds how many sessions are open."""
+
+
+Build = Callable[[Mapping[str, int], Mapping[str, int]], "ir.Model | None"]
+"""Units gone by group and ranks by node to the variant of the model; None where there is no such variant."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a variant of a model is without.
+
+    Attributes:
+        removed: units that are gone, by name of the group.
+        ranks: of the layers that are taken apart, by name of the node; the chain's nodes begin with that name and "/".
+    """
+
+    removed: Mapping[str, int] = field(default_factory=dict[str, int])
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -38,121 +57,128 @@ class Measured:
     """One variant of a model and what was measured of it.
 
     Attributes:
-        removed: units that are gone, by name of the group.
+        variant: which it is.
         nodes: microseconds of each node, by name.
         total: microseconds of a run of the whole.
     """
 
-    removed: Mapping[str, int]
+    variant: Variant
     nodes: Mapping[str, float]
     total: float
 
-
-@dataclass(frozen=True)
-class NodeTime:
-    """Microseconds of one node: `coefficients` @ features, where units of `groups` can be cut from what it touches.
-
-    Attributes:
-        node: of the model.
-        groups: names of the groups that its time depends on.
-        coefficients: of what `_features` gives, at least 0; float64.
-    """
-
-    node: ir.Node
-    groups: tuple[str, ...]
-    coefficients: np.ndarray
+    def chain(self, node: str) -> float:
+        """Microseconds of a layer that is taken apart."""
+        return sum(time for name, time in self.nodes.items() if name.startswith(f"{node}/"))
 
 
 class LatencyModel:
-    """The latency of a model as a function of how many units of each group are gone.
+    """The latency of a model as a function of how many units of each group are gone, and of the ranks of its layers.
+
+    A `graphopt.search.joint.NodeCosts` in microseconds.
 
     Attributes:
         costs: shapes and counts.
-        nodes: the time of each node, by name.
-        scale, offset: a run of the whole takes `scale` times the sum of its nodes and `offset` microseconds more.
+        places: names of the nodes that take time, each with the groups that its time depends on.
+        fixed: microseconds that a run takes beyond its nodes.
         notes: what to know about the measurement.
     """
 
-    def __init__(self, costs: CostModel, measured: Sequence[Measured], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, costs: CostModel, layers: Iterable[Layer], measured: Sequence[Measured], notes: Sequence[str] = ()
+    ) -> None:
         """Fit the nodes.
 
         Args:
             costs: of the model.
+            layers: those that may be taken apart.
             measured: variants, at least one; the first is the whole model.
             notes: of the measurements.
         """
         self.costs, self.notes = costs, tuple(notes)
-        self.nodes: dict[str, NodeTime] = {}
+        self.places: dict[str, tuple[str, ...]] = {}
+        self._layers = {layer.name: layer for layer in layers}
+        self._nodes: dict[str, ir.Node] = {}
+        self._dense: dict[str, np.ndarray] = {}
+        self._chains: dict[str, np.ndarray] = {}
+        self._known: dict[tuple[object, ...], float] = {}
+        self._scale = 1.0
         for node in costs.groups.analysis.model.graph:
-            name = node_name(node)
-            times = np.array([one.nodes.get(name, 0.0) for one in measured])
-            if times.any():
-                self.nodes[name] = self._fitted(node, times, [one.removed for one in measured])
-        sums = np.array([self._sum(one.removed, frozenset()) for one in measured])
-        self.scale, self.offset = _line(sums, np.array([one.total for one in measured]))
+            self._fit(node, measured)
+        sums = np.array([self._sum(one.variant) for one in measured])
+        self._scale, self.fixed = _line(sums, np.array([one.total for one in measured]))
+        self._known.clear()
 
-    def node(self, name: str, removed: Mapping[str, int]) -> float:
-        """Microseconds of a node in a run of the whole with these units gone; 0 where it is fused into another.
+    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
+        """Microseconds of a node in a run of the whole, 0 where it is fused into another; see `NodeCosts`.
 
-        Args:
-            name: of the node.
-            removed: units that are gone, by name of the group.
+        A rank that was not measured costs what the dense layer does, and never pays.
         """
-        time = self.nodes.get(name)
-        return 0.0 if time is None else self.scale * self._time(time, removed)
+        if node not in self.places:
+            return 0.0
+        key = (node, rank, *(removed.get(name, 0) for name in self.places[node]))
+        if key not in self._known:
+            if rank is None or node not in self._chains:
+                time = self._dense[node] @ self._features(self._nodes[node], removed)
+            else:
+                time = self._chains[node] @ self._chain_features(self._layers[node], removed, rank)
+            self._known[key] = self._scale * float(time)
+        return self._known[key]
 
-    def estimate(self, removed: Mapping[str, int], without: frozenset[str] = frozenset()) -> float:
+    def estimate(self, variant: Variant, without: Container[str] = ()) -> float:
         """Microseconds of a run.
 
         Args:
-            removed: units that are gone, by name of the group.
+            variant: units that are gone, and ranks.
             without: names of nodes that are gone altogether.
         """
-        return self.scale * self._sum(removed, without) + self.offset
+        return self._sum(variant, without) + self.fixed
 
-    def _sum(self, removed: Mapping[str, int], without: frozenset[str]) -> float:
-        return sum(self._time(time, removed) for name, time in self.nodes.items() if name not in without)
+    def _sum(self, variant: Variant, without: Container[str] = ()) -> float:
+        return sum(
+            self.at(node, variant.removed, variant.ranks.get(node)) for node in self.places if node not in without
+        )
 
-    def _time(self, time: NodeTime, removed: Mapping[str, int]) -> float:
-        return float(time.coefficients @ self._features(time.node, removed))
-
-    def _fitted(self, node: ir.Node, times: np.ndarray, removed: Sequence[Mapping[str, int]]) -> NodeTime:
+    def _fit(self, node: ir.Node, measured: Sequence[Measured]) -> None:
+        name = node.name or ""
+        dense = [one for one in measured if name not in one.variant.ranks]
+        times = np.array([one.nodes.get(name, 0.0) for one in dense])
+        if not times.any():
+            return
         groups = self.costs.groups_around(node)
-        features = np.array([self._features(node, one) for one in removed])
-        if not groups or len(times) == 1:
-            whole = np.zeros(features.shape[1])
-            whole[0] = float(np.median(times))
-            return NodeTime(node, groups, whole)
-        least = float(times[times > 0].min())
-        weights = 1 / np.maximum(times, least)
-        sizes = np.maximum(features.max(axis=0), 1e-30)
-        coefficients, _ = nnls(features / sizes * weights[:, None], times * weights)
-        return NodeTime(node, groups, coefficients / sizes)
+        self._nodes[name], self.places[name] = node, groups
+        features = np.array([self._features(node, one.variant.removed) for one in dense])
+        self._dense[name] = _fitted(features if groups else features[:, :1], times, features.shape[1])
+        chains = [one for one in measured if name in one.variant.ranks and one.chain(name) > 0]
+        if chains and name in self._layers:
+            layer = self._layers[name]
+            pairs = [(one.variant.removed, one.variant.ranks[name]) for one in chains]
+            features = np.array([self._chain_features(layer, removed, rank) for removed, rank in pairs])
+            self._chains[name] = _fitted(features, np.array([one.chain(name) for one in chains]), features.shape[1])
 
     def _features(self, node: ir.Node, removed: Mapping[str, int]) -> np.ndarray:
-        """What the time of a node is made of: 1; MACs, and elements read and written, of whole blocks of channels and
-        of the channels that are there."""
+        """What the time of a node is made of: 1; MACs, and elements read and written, both of whole blocks of channels
+        and of the channels that are there."""
         found = [1.0]
         for block in (BLOCK, 1):
             inputs, outputs = self.costs.shapes(node, removed, block)
             elements = sum(math.prod(shape) for shape in (*inputs, *outputs) if shape is not None)
-            found += [self._macs(node, inputs, outputs), float(elements)]
+            found += [float(self.costs.macs_without(node, removed, block)), float(elements)]
         return np.array(found)
 
-    def _macs(self, node: ir.Node, inputs: Shapes, outputs: Shapes) -> float:
-        row = self.costs.groups.analysis.row(node)
-        if row is None or row.cost is None:
-            return 0.0
-        constants = tuple(
-            None
-            if value is None or value.const_value is None or index not in row.structural
-            else value.const_value.numpy()
-            for index, value in enumerate(node.inputs)
+    def _chain_features(self, layer: Layer, removed: Mapping[str, int], rank: int) -> np.ndarray:
+        """1, and MACs of whole blocks."""
+        inputs, outputs, inner = (
+            -(-size // BLOCK) * BLOCK for size in (layer.kept_inputs(removed), layer.kept_outputs(removed), rank)
         )
-        try:
-            return float(row.cost(Site(node, inputs, outputs, constants)))
-        except UnknownShapeError:
-            return 0.0
+        return np.array([1.0, macs(layer, inputs, outputs, inner)])
+
+
+def _fitted(features: np.ndarray, times: np.ndarray, width: int) -> np.ndarray:
+    """Coefficients, at least 0, with the least relative error: float64 [width]; of features that there are not, 0."""
+    sizes = np.maximum(features.max(axis=0), 1e-30)
+    weights = 1 / np.maximum(times, float(times[times > 0].min()))
+    coefficients, _ = nnls(features / sizes * weights[:, None], times * weights)
+    return np.pad(coefficients / sizes, (0, width - features.shape[1]))
 
 
 def variants(candidates: Sequence[Candidate], seed: int = 0) -> list[dict[str, int]]:
@@ -189,10 +215,14 @@ def measure_latency(
     candidates: Sequence[Candidate],
     feeds: Feeds,
     *,
+    layers: Sequence[Layer] = (),
+    ranks: Mapping[str, Sequence[int]] | None = None,
+    build: Build | None = None,
     target: str = "cpu",
     threads: int = 1,
     seconds: float = 20.0,
     seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> LatencyModel:
     """Measure variants of a model, node by node, and fit its latency to them.
 
@@ -200,63 +230,85 @@ def measure_latency(
         costs: of the model.
         candidates: the groups that may be cut.
         feeds: one set of inputs.
+        layers: those that may be taken apart.
+        ranks: that they may have, by name of the node, ascending; `build` is needed then.
+        build: makes a variant; cuts channels alone where not given.
         target: "cpu", "cuda" or "openvino".
         threads: intra-op threads, 0 for onnxruntime's default.
         seconds: about how long to measure.
         seed: of the widths that are drawn.
+        progress: `progress(done, total, text)`, called before each part of the measurement.
 
     Raises:
         DataError, InvalidGraphError, GraphoptError: as `graphopt.latency.kernels.profile_kernels`.
     """
     model = costs.groups.analysis.model
-    by_name = {candidate.name: candidate for candidate in candidates}
-    wanted = variants(candidates, seed)[1:]
+    make = build or _Cut(costs, candidates)
+    wanted = [Variant(removed) for removed in variants(candidates, seed)[1:]] + _at_ranks(ranks or {})
     measured: list[Measured] = []
     notes: dict[str, None] = {}
     chunks = [wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE)] or [[]]
-    for chunk in chunks:
-        known = [(removed, pruned) for removed in chunk if (pruned := _pruned(costs, by_name, removed)) is not None]
+    for number, chunk in enumerate(chunks):
+        if progress is not None:
+            progress(number, len(chunks), "measure the latency at several widths")
+        made = [(one, graph) for one in chunk if (graph := make(one.removed, one.ranks)) is not None]
         profiles = profile_kernels(
             model,
             feeds,
             target=target,
             threads=threads,
             seconds=seconds / len(chunks),
-            against=[pruned for _, pruned in known],
+            against=[graph for _, graph in made],
         )
         notes |= dict.fromkeys(note for profile in profiles for note in profile.notes)
-        first = measured[0].total if measured else _microseconds(profiles[0])
-        drift = first / _microseconds(profiles[0])
+        drift = measured[0].total / _microseconds(profiles[0]) if measured else 1.0
         if not measured:
-            measured.append(_measured({}, profiles[0], 1.0))
-        measured += [
-            _measured(removed, profile, drift) for (removed, _), profile in zip(known, profiles[1:], strict=True)
-        ]
-    return LatencyModel(costs, measured, tuple(notes))
+            measured.append(_measured(Variant(), profiles[0], 1.0))
+        pairs = zip(made, profiles[1:], strict=True)
+        measured += [_measured(one, profile, drift) for (one, _), profile in pairs]
+    return LatencyModel(costs, layers, measured, tuple(notes))
 
 
-def _pruned(costs: CostModel, candidates: Mapping[str, Candidate], removed: Mapping[str, int]) -> ir.Model | None:
-    """The variant; None where its units cannot go together."""
-    selection: Selection = {name: candidates[name].lowest(count) for name, count in removed.items() if count}
-    if not selection:
-        return None
-    try:
-        return remove_channels(costs.groups.analysis.model, selection, groups=costs.groups)
-    except SelectionError:
-        return None
+def _at_ranks(ranks: Mapping[str, Sequence[int]]) -> list[Variant]:
+    """All layers taken apart, at a few of their ranks."""
+    found: dict[tuple[int, ...], Variant] = {}
+    for level in _RANK_LEVELS:
+        chosen = {node: several[round(level * (len(several) - 1))] for node, several in ranks.items() if several}
+        if chosen:
+            found.setdefault(tuple(chosen.values()), Variant({}, chosen))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The model without the lowest units of its groups; None where they cannot go together."""
+
+    costs: CostModel
+    candidates: Sequence[Candidate]
+
+    def __call__(self, removed: Mapping[str, int], ranks: Mapping[str, int]) -> ir.Model | None:
+        selection: Selection = {
+            candidate.name: candidate.lowest(removed[candidate.name])
+            for candidate in self.candidates
+            if removed.get(candidate.name)
+        }
+        try:
+            return remove_channels(self.costs.groups.analysis.model, selection, groups=self.costs.groups)
+        except SelectionError:
+            return None
 
 
 def _microseconds(profile: KernelProfile) -> float:
     return profile.latency.median * 1e3
 
 
-def _measured(removed: Mapping[str, int], profile: KernelProfile, drift: float) -> Measured:
+def _measured(variant: Variant, profile: KernelProfile, drift: float) -> Measured:
     nodes = {name: time * drift for name, time in profile.by_node().items()}
-    return Measured(removed, nodes, _microseconds(profile) * drift)
+    return Measured(variant, nodes, _microseconds(profile) * drift)
 
 
 def _line(sums: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
     """Scale and offset, at least 0, that lead from sums of nodes to whole runs, with the least relative error."""
-    features = np.stack([sums, np.full(len(sums), float(sums.max(initial=1e-9)))], axis=1)
-    solved, _ = nnls(features / totals[:, None], np.ones(len(totals)))
-    return float(solved[0]), float(solved[1] * features[0, 1])
+    size = float(sums.max(initial=1e-9))
+    solved, _ = nnls(np.stack([sums, np.full(len(sums), size)], axis=1) / totals[:, None], np.ones(len(totals)))
+    return float(solved[0]), float(solved[1] * size)

@@ -23,6 +23,7 @@ FLOORS = {
     "graphopt.inputs": 2,
     "graphopt.criteria": 2,
     "graphopt.search": 2,
+    "graphopt.factorizations": 2,
     "graphopt.latency": 2,
     "graphopt.passes": 3,
     "graphopt.train": 3,

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import DataError
+from graphopt.inputs.machine import processor
 from graphopt.inputs.measurements import FILE_NAME, Measurements
 from graphopt.ir.timing import Benchmark, Latency, Speed
 from graphopt.passes import quantize_speed
@@ -159,7 +160,7 @@ def test_the_key_knows_what_a_processor_can_do(monkeypatch: pytest.MonkeyPatch) 
     for flags in ("fpu avx2", "fpu avx2 avx512_vnni"):
         text = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
         monkeypatch.setattr(Path, "read_text", lambda path, text=text, **others: text)
-        known.add(quantize_speed._processor.__wrapped__())
+        known.add(processor.__wrapped__())
     assert len(known) == 2
 
 

@@ -1,0 +1,55 @@
+"""What to believe of timings on a machine that others use too."""
+
+from __future__ import annotations
+
+import numpy as np
+
+UNDISTURBED = 0.97
+"""A run counts as undisturbed where the thread had the core for this share of the time."""
+_EXCESS = 1.02
+"""How much more than the whole the kernels may take together before slow calls are put down to other processes."""
+
+
+def undisturbed(shares: np.ndarray) -> np.ndarray:
+    """Which runs to count, by the share of the time that the thread had the core: [runs] of bool.
+
+    All that had it throughout, and at least the better half of all: a rule that no noise can leave without runs.
+
+    Example:
+        >>> undisturbed(np.array([1.0, 0.6, 0.99, 0.98])).tolist(), undisturbed(np.array([0.5, 0.6, 0.2, 0.3])).tolist()
+        ([True, False, True, True], [True, True, False, False])
+    """
+    return shares >= min(UNDISTURBED, float(np.median(shares)))
+
+
+def inner_mean(values: np.ndarray, level: float = 0.5) -> float:
+    """Mean of the inner half: what a median would be if the clock did not count in whole microseconds.
+
+    Args:
+        values: [runs].
+        level: about which quantile to take, up to 0.5: the mean of what lies between half of it and half of it more.
+
+    Example:
+        >>> inner_mean(np.array([5.0, 3.0, 4.0, 900.0])), inner_mean(np.array([5.0, 3.0, 4.0, 900.0]), 0.1)
+        (4.5, 3.0)
+    """
+    ordered, count = np.sort(values), len(values)
+    first = min(int(count * level / 2), count - 1)
+    return float(ordered[first : max(count - int(count * (1 - level * 1.5)), first + 1)].mean())
+
+
+def believed_level(times: np.ndarray, whole: float) -> float:
+    """The highest level of `inner_mean`, up to 0.5, at which the kernels together take no longer than the whole.
+
+    Args:
+        times: microseconds [runs, kernels].
+        whole: microseconds of a run of the model by a clock that other processes do not disturb.
+
+    Example:
+        >>> calls = np.array([[10.0], [10.0], [10.0], [30.0], [50.0], [70.0], [90.0], [90.0]])
+        >>> believed_level(calls, 60.0), believed_level(calls, 10.0)
+        (0.5, 0.2)
+    """
+    levels = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+    sums = ((level, sum(inner_mean(column, level) for column in times.T)) for level in levels)
+    return next((level for level, total in sums if total <= _EXCESS * whole), 0.0)

@@ -1,0 +1,347 @@
+"""Finding what goes so that a budget is met: everything is measured once, then solved, built and measured again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.criteria import Knowledge
+from graphopt.errors import GraphoptError, TargetMissedError
+from graphopt.inputs.batches import resized
+from graphopt.inputs.probes import probe_feeds, symbolic_sizes
+from graphopt.ir.channels import ChannelGroup, ChannelGroups, Selection, channel_groups
+from graphopt.ir.cost import cost
+from graphopt.ir.dimensions import known_sizes
+from graphopt.ir.regions import Region, drop_regions, regions
+from graphopt.ir.removal import remove_channels
+from graphopt.ir.session import Feeds, open_session
+from graphopt.ir.timing import interleave
+from graphopt.passes.budget_plan import Try
+from graphopt.passes.contract import Context
+from graphopt.passes.decompose import Decompose
+from graphopt.passes.decompose_plan import DecomposePlan
+from graphopt.passes.lazy_inputs import LazyInputs
+from graphopt.search import Candidate, CostModel, Costs, unit_step
+from graphopt.search.block_losses import block_losses
+from graphopt.search.collaborative import Collaborative, Collaborator
+from graphopt.search.collaborative_surrogates import Surrogate
+from graphopt.search.joint import Block, JointProblem
+from graphopt.search.knapsack import solve_knapsack
+from graphopt.search.latency_model import measure_latency
+from graphopt.search.milp import solve_milp
+from graphopt.search.node_costs import CountedCosts, NodeCosting
+
+CHANNELS, RANKS, BLOCKS = "channels", "ranks", "blocks"
+CHOICES = (CHANNELS, RANKS, BLOCKS)
+"""What may be decided."""
+LATENCY = "latency"
+COLLABORATIVE = "collaborative"
+SOLVERS = ("milp", "knapsack", COLLABORATIVE)
+"""What may decide."""
+_GAP = 1e-3
+_MOST_TRIES = 6
+_NEAR = 0.02
+"""How far below the budget a solution may be, relative to it, without another try to use more of it."""
+_MARGIN = 0.004
+"""How far below the budget what was over it is aimed at next, relative to it."""
+_TIMING_SECONDS, _FIT_SECONDS = 2.0, 24.0
+_BLOCK_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for.
+
+    Attributes:
+        kind: "latency" or one of `graphopt.search.node_costs.COUNTED`.
+        choices: of `CHOICES`.
+        solver: "milp", "knapsack" or "collaborative".
+        surrogate: of what is lost.
+        round_to: multiples of widths and ranks, None for what kernels like.
+        min_units: of each group that stay.
+        seconds: that one solve may take.
+        seed: of everything random.
+    """
+
+    kind: str
+    choices: tuple[str, ...]
+    solver: str
+    surrogate: str | Surrogate
+    round_to: int | None
+    min_units: int
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What goes.
+
+    Attributes:
+        selection: units by group.
+        ranks: by node.
+        dropped: names of regions.
+        last: what it costs and loses.
+    """
+
+    selection: Mapping[str, tuple[int, ...]]
+    ranks: Mapping[str, int]
+    dropped: tuple[str, ...]
+    last: Try
+
+
+class BudgetSearch:
+    """One model, its losses and its costs, measured once.
+
+    Attributes:
+        whole: cost of the model as it is: microseconds, or a count.
+        candidates: groups that may lose units.
+        blocks: that may go, with what would be lost.
+        notes: sentences about the measurements.
+    """
+
+    def __init__(
+        self, model: ir.Model, chosen: Sequence[ChannelGroup], wish: Wish, inputs: LazyInputs, context: Context
+    ) -> None:
+        """Measure.
+
+        Args:
+            model: canonical; it is not changed.
+            chosen: groups of `channel_groups(model)` with the same sizes that may lose units.
+            wish: what is asked for.
+            inputs: for losses.
+            context: sizes, target and threads for latencies.
+        """
+        self.wish, self._model, self._context = wish, model, context
+        self.notes: list[str] = []
+        self._sizes = {**symbolic_sizes(model), **(known_sizes(model, context.sizes) or {})}
+        if wish.kind != LATENCY:
+            self._sizes = resized(model, self._sizes, 1)
+        self._groups = channel_groups(model, sizes=known_sizes(model, context.sizes))
+        named = {group.name: group for group in self._groups}
+        self.candidates = tuple(
+            Candidate(
+                named[group.name], np.arange(group.units, dtype=float), unit_step(group, wish.round_to), wish.min_units
+            )
+            for group in (chosen if CHANNELS in wish.choices else ())
+        )
+        self._costs = CostModel(model, self._groups, self._sizes)
+        threads = max(context.threads, 0)
+        knowledge = Knowledge(model, self._groups, inputs, threads, wish.seed)
+        self._tell(0, "look at what each layer is worth")
+        self._collaborator = Collaborator(knowledge, self.candidates, self._costs, wish.surrogate)
+        self._how = Collaborative(round_to=wish.round_to, mode=self._mode)
+        self._tables = self._collaborator.tables(self._how)
+        read = {name for layer in self._tables.layers for name, _ in layer.reads}
+        self.candidates = tuple(candidate for candidate in self.candidates if candidate.name in read)
+        self._regions = {region.name: region for region in self._outermost()}
+        losses = block_losses(model, list(self._regions.values()), inputs, threads=threads) if self._regions else {}
+        self.blocks = tuple(Block(name, self._nodes_of(region), losses[name]) for name, region in self._regions.items())
+        self._feeds: Feeds = probe_feeds(model, sizes=self._sizes, specs=context.specs)[0] if self._is_timed else {}
+        self._problem = self._stated()
+
+    @property
+    def _is_timed(self) -> bool:
+        return self.wish.kind == LATENCY
+
+    @property
+    def _mode(self) -> str:
+        if CHANNELS in self.wish.choices:
+            return "joint" if RANKS in self.wish.choices else "prune"
+        return "decompose"
+
+    def _tell(self, done: int, text: str) -> None:
+        if self._context.progress is not None:
+            self._context.progress(done, 4, text)
+
+    def _outermost(self) -> list[Region]:
+        """Residual branches that may go, none inside of another."""
+        if BLOCKS not in self.wish.choices:
+            return []
+        found: list[Region] = []
+        for region in sorted(regions(self._model), key=lambda region: -len(region.nodes)):
+            free = all(not set(region.nodes) & set(other.nodes) for other in found)
+            if region.replaceable and region.kind == "residual branch" and free:
+                found.append(region)
+        order = {node.name: place for place, node in enumerate(self._model.graph)}
+        return sorted(found, key=lambda region: order[region.nodes[0]])
+
+    def _nodes_of(self, region: Region) -> frozenset[str]:
+        """Names of what goes with a region: its nodes, and what makes the value that is replaced."""
+        joins = [node.name or "" for node in self._model.graph if region.replaced in {out.name for out in node.outputs}]
+        return frozenset((*region.nodes, *joins))
+
+    def _stated(self) -> JointProblem:
+        low_rank = RANKS in self.wish.choices
+        if self._is_timed:
+            ranks = {name: tuple(several) for name, several in self._tables.ranks.items()} if low_rank else {}
+            node_costs = measure_latency(
+                self._costs,
+                self.candidates,
+                self._feeds,
+                layers=self._tables.layers,
+                ranks=ranks,
+                build=lambda removed, at: self._built_or_none(self._selection(removed), at),
+                target=self._context.target,
+                threads=self._context.threads,
+                seconds=_FIT_SECONDS,
+                seed=self.wish.seed,
+                progress=self._context.progress,
+            )
+            self.notes += node_costs.notes
+        else:
+            node_costs = CountedCosts(self._costs, self.wish.kind, self._tables.layers)
+        self._collaborator.costing = NodeCosting(self._tables.layers, self._costs, node_costs)
+        problem = JointProblem(self.candidates, self._tables, node_costs, self.blocks, low_rank)
+        self.whole = node_costs.fixed + sum(node_costs.at(node, {}) for node in node_costs.places)
+        return problem
+
+    def solve(self, share: float) -> tuple[Found, tuple[Try, ...]]:
+        """What goes so that at most `share` of the cost is left, measured.
+
+        Each solution is built and measured. One that is over the budget is aimed lower the next time, one that leaves
+        much of it unused higher, by what prediction and measurement differed.
+
+        Returns:
+            What goes, and all that was built and measured on the way, what was taken last.
+
+        Raises:
+            TargetMissedError: it cannot be met; the message says what is reachable.
+            GraphoptError: the time ended before anything was found.
+        """
+        aim, tries = share, list[Try]()
+        best: Found | None = None
+        for _ in range(_MOST_TRIES):
+            self._tell(2, f"solve for {aim:.3f} of the {self.wish.kind}")
+            found = self._attempt(aim, reached=best is not None)
+            if found is None:
+                break
+            tries.append(found.last)
+            if found.last.measured <= share and (best is None or found.last.loss <= best.last.loss):
+                best = found
+            if share * (1 - _NEAR) <= found.last.measured <= share or found.last.predicted >= 1 or aim >= 1:
+                break
+            if best is not None and self._repeats(tries):
+                break
+            aim = min(aim * share * (1 - _MARGIN) / found.last.measured, 1.0)
+        if best is None:
+            raise TargetMissedError(
+                f"{share:.3f} of the {self.wish.kind} was asked for, and "
+                f"{min(one.measured for one in tries):.3f} is the least that was measured",
+                where=self.wish.kind,
+                help="ask for less, or allow more choices (channels, ranks, blocks; skip=())",
+            )
+        return best, (*(one for one in tries if one is not best.last), best.last)
+
+    @staticmethod
+    def _repeats(tries: Sequence[Try]) -> bool:
+        """Whether the last try brought nothing new: widths are steps, and the next one may be over the budget."""
+        return any(one.predicted == tries[-1].predicted for one in tries[:-1])
+
+    def _attempt(self, aim: float, *, reached: bool) -> Found | None:
+        """One solution and what it measures; None where there is none and an earlier one will do."""
+        try:
+            found = self._collaborated(aim) if self.wish.solver == COLLABORATIVE else self._solved(aim)
+        except TargetMissedError as error:
+            if reached:
+                return None
+            raise self._unreachable(aim, error) from error
+        graph = self.built(found.selection, found.ranks, found.dropped)
+        return replace(found, last=replace(found.last, measured=self._share_of(graph)))
+
+    def _solved(self, aim: float) -> Found:
+        problem = self._problem.within(aim * self.whole)
+        if self.wish.solver == "knapsack":
+            assignment = solve_knapsack(problem)
+        else:
+            assignment = solve_milp(problem, seconds=self.wish.seconds, gap=_GAP)
+        taken = self._problem.taken(assignment)
+        last = Try(
+            assignment.cost / self.whole,
+            math.nan,
+            -assignment.value,
+            assignment.gap,
+            assignment.seconds,
+            assignment.note or "",
+        )
+        return Found(self._selection(taken.removed), taken.ranks, taken.dropped, last)
+
+    def _collaborated(self, aim: float) -> Found:
+        start = time.perf_counter()
+        found = self._collaborator.solve(aim, self._how)
+        last = Try(found.share, math.nan, found.loss, seconds=time.perf_counter() - start)
+        return Found(found.selection, found.ranks, (), last)
+
+    def _unreachable(self, aim: float, error: TargetMissedError) -> TargetMissedError:
+        return TargetMissedError(
+            f"{aim:.3f} of the {self.wish.kind} cannot be reached ({self.whole:.4g} is the whole): {error.what}",
+            where=self.wish.kind,
+            help=f"ask for less, or allow more choices (channels, ranks, blocks; skip=()); {error.help or ''}".rstrip(
+                "; "
+            ),
+        )
+
+    def _selection(self, removed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        orders = self._tables.orders
+        return {name: tuple(sorted(map(int, orders[name][:count]))) for name, count in removed.items() if count}
+
+    def _built_or_none(self, selection: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> ir.Model | None:
+        try:
+            return self.built(selection, ranks, ())
+        except GraphoptError:
+            return None
+
+    def built(
+        self, selection: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int], dropped: Sequence[str]
+    ) -> ir.Model:
+        """The model without these units and blocks, with layers of these ranks; nothing is made up for."""
+        graph = cut(self._model, self._groups, selection, [self._regions[name] for name in dropped])
+        if ranks:
+            plan = DecomposePlan.by_hand(graph, self.forms_of(ranks), compensation=False)
+            Decompose(source="none").apply(graph, plan, self._context.silent())
+        return graph
+
+    def forms_of(self, ranks: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+        """Form and rank of each layer."""
+        taps = {layer.name: layer.taps for layer in self._tables.layers}
+        return {node: ("channel-svd" if taps[node] > 1 else "svd", rank) for node, rank in ranks.items()}
+
+    def full_rank(self, node: str) -> int:
+        """The rank at which a layer loses nothing."""
+        return next(layer.full_rank for layer in self._tables.layers if layer.name == node)
+
+    def _share_of(self, graph: ir.Model) -> float:
+        if not self._is_timed:
+            table = self._groups.analysis.table
+            counted = [
+                Costs.of(cost(one, self._sizes, table=table)).get(self.wish.kind) for one in (self._model, graph)
+            ]
+            return counted[1] / max(counted[0], 1)
+        target, threads = self._context.target, self._context.threads
+        sessions = [open_session(one, target=target, threads=threads) for one in (self._model, graph)]
+        start = time.perf_counter()
+        sessions[0].run_feeds(self._feeds)
+        once = time.perf_counter() - start
+        timed = interleave(
+            sessions,
+            self._feeds,
+            names=("model", "candidate"),
+            seconds=max(_TIMING_SECONDS, min(30 * once, 20.0)),
+            threads=threads,
+            target=target,
+        )
+        return 1 / timed.speeds[1].median
+
+
+def cut(
+    model: ir.Model, groups: ChannelGroups, selection: Mapping[str, tuple[int, ...]], dropped: Sequence[Region]
+) -> ir.Model:
+    """A new model without some units and regions."""
+    units: Selection = {name: chosen for name, chosen in selection.items()}  # noqa: C416
+    graph = remove_channels(model, units, groups=groups) if units else model.clone()
+    return drop_regions(graph, dropped) if dropped else graph

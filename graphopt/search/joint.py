@@ -1,0 +1,220 @@
+"""Widths, ranks and blocks in one problem: what each may be, what it costs together, and what it loses.
+
+Everything that may go is a choice of `graphopt.search.budget`: how many units of a group stay, whether a layer is dense
+or two layers of a rank, whether a block stays at all. What is lost is I of every layer at every width and rank
+(`graphopt.search.collaborative_tables`), so that channels and ranks of one layer are not counted twice; what it costs
+is a table over the few choices that meet in one node, so that a layer that is cut from both sides, or stands in a
+block that goes, costs what it really costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from graphopt.search.budget import Assignment, BudgetProblem, Choice, Term
+from graphopt.search.collaborative_layers import Layer
+from graphopt.search.collaborative_tables import Tables
+from graphopt.search.contract import Candidate
+
+MOST_WIDTHS, MOST_RANKS = 16, 6
+"""Widths of a group and ranks of a layer that are looked at; of more, so many are spread evenly over them."""
+_MOST_MEETING = 2
+"""Groups whose widths are looked at together in one node; where more meet, each is looked at with the others whole."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part that may go as a whole.
+
+    Attributes:
+        name: unique.
+        nodes: names of the nodes that go with it.
+        loss: what is lost with it, at least 0.
+    """
+
+    name: str
+    nodes: frozenset[str]
+    loss: float
+
+
+class NodeCosts(Protocol):
+    """What the nodes of a model cost."""
+
+    @property
+    def places(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the nodes that cost anything, each with the groups that its cost depends on."""
+        ...
+
+    @property
+    def fixed(self) -> float:
+        """What the model costs beyond its nodes."""
+        ...
+
+    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
+        """What a node costs with these units gone; with a rank, as two layers of that rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A solution in the words of the model.
+
+    Attributes:
+        removed: number of units that go, by group, none of blocks that go.
+        ranks: of the layers that are taken apart, by node.
+        dropped: names of the blocks that go.
+        assignment: what the solver said.
+    """
+
+    removed: Mapping[str, int]
+    ranks: Mapping[str, int]
+    dropped: tuple[str, ...]
+    assignment: Assignment
+
+
+@dataclass(frozen=True, eq=False)
+class JointProblem:
+    """All that may be decided about a model.
+
+    Attributes:
+        candidates: groups that may lose units.
+        tables: what is lost.
+        costs: what nodes cost.
+        blocks: that may go; no two share a node.
+        low_rank: whether layers may be taken apart.
+    """
+
+    candidates: tuple[Candidate, ...]
+    tables: Tables
+    costs: NodeCosts
+    blocks: tuple[Block, ...] = ()
+    low_rank: bool = True
+    _block_of: dict[str, str] = field(init=False, repr=False, default_factory=dict[str, str])
+    _kept: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict[str, "tuple[int, ...]"])
+    _ranks: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict[str, "tuple[int, ...]"])
+    _layers: dict[str, Layer] = field(init=False, repr=False, default_factory=dict[str, Layer])
+
+    def __post_init__(self) -> None:
+        self._block_of.update({node: block.name for block in self.blocks for node in block.nodes})
+        self._layers.update({layer.name: layer for layer in self.tables.layers})
+        for candidate in self.candidates:
+            self._kept[candidate.name] = _thinned([int(kept) for kept in candidate.choices[::-1]], MOST_WIDTHS)
+        for layer in self.tables.layers if self.low_rank else ():
+            ranks = [rank for rank in self.tables.ranks[layer.name] if self._saves(layer.name, rank)]
+            if ranks:
+                self._ranks[layer.name] = _thinned(ranks, MOST_RANKS)
+
+    def _saves(self, node: str, rank: int) -> bool:
+        """Whether a rank costs less than the whole layer."""
+        return node in self.costs.places and self.costs.at(node, {}, rank) < self.costs.at(node, {})
+
+    def within(self, budget: float) -> BudgetProblem:
+        """The problem with a budget in the unit of the costs."""
+        choices = [
+            *(Choice(_width(name), tuple(map(str, kept))) for name, kept in self._kept.items()),
+            *(Choice(_form(node), ("dense", *map(str, ranks))) for node, ranks in self._ranks.items()),
+            *(Choice(_block(block.name), ("keep", "drop")) for block in self.blocks),
+        ]
+        return BudgetProblem(tuple(choices), tuple(self._terms()), budget)
+
+    def taken(self, assignment: Assignment) -> Taken:
+        """What a solution takes."""
+        options = assignment.options
+        dropped = tuple(block.name for block in self.blocks if options[_block(block.name)])
+        gone = {_block(name) for name in dropped}
+        inside = {name for name in self._kept if self._gate(self._around(name)) in gone}
+        units = {candidate.name: candidate.units for candidate in self.candidates}
+        removed = {
+            name: units[name] - kept[options[_width(name)]]
+            for name, kept in self._kept.items()
+            if options[_width(name)] and name not in inside
+        }
+        ranks = {
+            node: ranks[options[_form(node)] - 1]
+            for node, ranks in self._ranks.items()
+            if options[_form(node)] and self._block_of.get(node) not in dropped
+        }
+        return Taken(removed, ranks, dropped, assignment)
+
+    def _around(self, group: str) -> list[str]:
+        """Names of the nodes whose cost depends on a group."""
+        return [node for node, groups in self.costs.places.items() if group in groups]
+
+    def _gate(self, nodes: Sequence[str]) -> str | None:
+        """The block that all these nodes are in, None where there is none."""
+        blocks = {self._block_of.get(node) for node in nodes}
+        (block,) = blocks if len(blocks) == 1 else (None,)
+        return None if block is None else _block(block)
+
+    def _terms(self) -> Iterator[Term]:
+        """One table for each set of choices that meet in some node, and one for each block."""
+        yield Term("beyond the nodes", (), np.array(self.costs.fixed), np.zeros(()))
+        for block in self.blocks:
+            values = np.array([0.0, -block.loss])
+            yield Term(f"loss of {_block(block.name)}", (_block(block.name),), np.zeros(2), values)
+        found: dict[tuple[tuple[str, ...], str | None], tuple[np.ndarray, np.ndarray]] = {}
+        for node in dict.fromkeys([*self.costs.places, *self._layers]):
+            for choices, cost, value in self._tables(node):
+                key = choices, self._gate([node])
+                before = found.get(key, (0.0, 0.0))
+                found[key] = (before[0] + cost, before[1] + value)
+        for (choices, gate), (cost, value) in found.items():
+            where = ", ".join(choices) or "what stays"
+            yield Term(f"{where}{f' in {gate}' if gate else ''}", choices, cost, value, gate)
+
+    def _tables(self, node: str) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
+        """What a node costs and is worth, as tables that add up."""
+        layer = self._layers.get(node)
+        around = set(self.costs.places.get(node, ()))
+        if layer is not None:
+            around |= {name for name, _ in (*layer.reads, *layer.makes)}
+        groups = [name for name in self._kept if name in around]
+        if len(groups) <= _MOST_MEETING:
+            yield self._table(node, groups)
+            return
+        choices, whole, worth = self._table(node, [])
+        yield choices, whole, worth
+        for name in groups:
+            choices, cost, value = self._table(node, [name])
+            yield choices, cost - whole, value - worth
+
+    def _table(self, node: str, groups: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        ranks = self._ranks.get(node, ())
+        shape = tuple(len(self._kept[name]) for name in groups)
+        cost, value = np.zeros((*shape, 1 + len(ranks))), np.zeros((*shape, 1 + len(ranks)))
+        layer = self._layers.get(node)
+        units = {candidate.name: candidate.units for candidate in self.candidates}
+        for place, kept in zip(
+            np.ndindex(shape), itertools.product(*(self._kept[name] for name in groups)), strict=True
+        ):
+            removed = {name: units[name] - count for name, count in zip(groups, kept, strict=True)}
+            if node in self.costs.places:
+                cost[place] = [self.costs.at(node, removed, rank) for rank in (None, *ranks)]
+            if layer is not None:
+                value[place] = [-self.tables.of(layer, removed, rank) for rank in (None, *ranks)]
+        names = tuple(map(_width, groups))
+        return ((*names, _form(node)), cost, value) if ranks else (names, cost[..., 0], value[..., 0])
+
+
+def _thinned(values: Sequence[int], most: int) -> tuple[int, ...]:
+    """As many of the values as may be, the first and the last among them."""
+    if len(values) <= most:
+        return tuple(values)
+    return tuple(values[index] for index in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int)))
+
+
+def _width(group: str) -> str:
+    return f"width of {group}"
+
+
+def _form(node: str) -> str:
+    return f"form of {node}"
+
+
+def _block(name: str) -> str:
+    return f"block {name}"

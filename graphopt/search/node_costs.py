@@ -1,0 +1,111 @@
+"""What the nodes of a model cost with units gone: counted, and as every search of this room wants it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from graphopt.ir.cost import storage_bytes
+from graphopt.search.collaborative_layers import Costing, Layer, macs
+from graphopt.search.costs import CostModel
+from graphopt.search.joint import NodeCosts
+
+COUNTED = ("macs", "params", "bytes")
+
+
+class CountedCosts:
+    """A `graphopt.search.joint.NodeCosts` of what `graphopt.search.costs` counts.
+
+    Weights that several nodes read count at the first of them. What the whole model costs is the sum over `places` and
+    `fixed`, exactly; with units gone it is exact but for what removal rewrites.
+
+    Attributes:
+        places: see `NodeCosts`.
+        fixed: see `NodeCosts`.
+    """
+
+    def __init__(self, costs: CostModel, kind: str, layers: Iterable[Layer]) -> None:
+        """Prepare the counts.
+
+        Args:
+            costs: of the model.
+            kind: one of `COUNTED`.
+            layers: the layers that may be taken apart.
+        """
+        self._costs, self._kind = costs, kind
+        self._layers = {layer.name: layer for layer in layers}
+        self._nodes: dict[str, ir.Node] = {}
+        self._weights: dict[str, tuple[int, ...]] = {}
+        """Indices of the inputs of a node that are weights and that no node before it reads."""
+        self._known: dict[tuple[object, ...], float] = {}
+        self.places: dict[str, tuple[str, ...]] = {}
+        seen: set[ir.Value] = set()
+        for node in costs.groups.analysis.model.graph:
+            name = node.name or ""
+            self._nodes[name] = node
+            own = [index for index, value in enumerate(node.inputs) if value is not None and value.is_initializer()]
+            self._weights[name] = tuple(index for index in own if node.inputs[index] not in seen)
+            seen.update(value for value in node.inputs if value is not None and value.is_initializer())
+            if self.at(name, {}):
+                self.places[name] = costs.groups_around(node)
+        self.fixed = costs.whole.get(kind) - sum(self.at(name, {}) for name in self.places)
+
+    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
+        """See `NodeCosts`."""
+        around = self.places.get(node, ())
+        key = (node, rank, *(removed.get(name, 0) for name in around))
+        if key not in self._known:
+            self._known[key] = self._counted(node, removed, rank)
+        return self._known[key]
+
+    def _counted(self, node: str, removed: Mapping[str, int], rank: int | None) -> float:
+        if rank is None and self._kind == "macs":
+            return float(self._costs.macs_without(self._nodes[node], removed))
+        if rank is not None and self._kind == "macs":
+            layer = self._layers[node]
+            return macs(layer, layer.kept_inputs(removed), layer.kept_outputs(removed), rank)
+        operator = self._nodes[node]
+        inputs, _ = self._costs.shapes(operator, removed)
+        total = 0.0
+        for index in self._weights[node]:
+            value, shape = operator.inputs[index], inputs[index]
+            if value is None or value.dtype is None or shape is None:
+                continue
+            elements = math.prod(shape)
+            layer = self._layers.get(node)
+            if rank is not None and layer is not None and index == layer.rows.linear.weight_index:
+                elements = rank * (layer.kept_inputs(removed) * layer.taps + layer.kept_outputs(removed))
+            total += elements if self._kind == "params" else storage_bytes(elements, value.dtype)
+        return total
+
+
+class NodeCosting(Costing):
+    """Any `NodeCosts`, latencies among them, as the cost that the searches of Collaborative Compression ask for."""
+
+    def __init__(self, layers: Sequence[Layer], model: CostModel, costs: NodeCosts) -> None:
+        """Take over the costs.
+
+        Args:
+            layers: of the collaborative search.
+            model: counts of the same model.
+            costs: of its nodes.
+        """
+        super().__init__(layers, model)
+        self._costs = costs
+        names = {layer.name for layer in layers}
+        self._beside = [node for node in costs.places if node not in names]
+
+    def layer(self, layer: Layer, removed: Mapping[str, int], rank: int | None = None) -> float:
+        """See `Costing`."""
+        dense = self._costs.at(layer.name, removed)
+        return dense if rank is None else min(dense, self._costs.at(layer.name, removed, rank))
+
+    def saves(self, layer: Layer, removed: Mapping[str, int], rank: int) -> bool:
+        """See `Costing`."""
+        return self._costs.at(layer.name, removed, rank) < self._costs.at(layer.name, removed)
+
+    def others(self, removed: Mapping[str, int]) -> float:
+        """See `Costing`."""
+        return self._costs.fixed + sum(self._costs.at(node, removed) for node in self._beside)
