@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,6 +91,12 @@ def optimize(
     tolerance: Annotated[
         float | None, typer.Option(help="how far outputs may move: rms of the difference over rms of the output")
     ] = None,
+    latency: Annotated[float | None, typer.Option(help="share of the measured latency that may be left")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="milliseconds that a run may take")] = None,
+    macs: Annotated[float | None, typer.Option(help="share of the multiply-accumulates that is to be left")] = None,
+    weight_bytes: Annotated[
+        float | None, typer.Option("--bytes", help="share of the bytes of the weights that is to be left")
+    ] = None,
     target: Target = "cpu",
     threads: Threads = 1,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the report there as JSON")] = None,
@@ -106,16 +112,19 @@ def optimize(
     for path in (output, report, html):
         if path is not None:
             check_target(path)
+    asked = {"latency": latency, "latency_ms": latency_ms, "macs": macs, "bytes": weight_bytes}
+    budget: dict[str, Any] = {name: share for name, share in asked.items() if share is not None}
     result = run(
         model,
         None if inputs is None else _arrays(inputs),
-        recipe=_recipe(recipe, settings),
+        recipe=_recipe(recipe, settings, budget),
         target=target,
         calibration=None if calibration is None else _calibration(calibration),
         inputs=_specs(specs),
         tolerance=tolerance,
         threads=threads,
         quiet=quiet or as_json,
+        **budget,
     )
     result.save(output)
     if report is not None:
@@ -386,11 +395,11 @@ def _read(path: Path, reader: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _recipe(name: str, settings: Sequence[str] | None) -> Recipe:
-    """A recipe with the options that `--set` gives."""
-    from graphopt.recipe import read_value, resolve
+def _recipe(name: str, settings: Sequence[str] | None, budget: Mapping[str, float] | None = None) -> Recipe:
+    """A recipe that meets a budget, with the options that `--set` gives."""
+    from graphopt.recipe import read_value, resolve, with_budget
 
-    recipe = resolve(name)
+    recipe = with_budget(resolve(name), budget or {})
     for setting in settings or ():
         place, equals, text = setting.partition("=")
         single, dot, option = place.strip().partition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -29,15 +29,20 @@ from graphopt.ir.ops import default_table
 from graphopt.ir.ops.row import OpTable, tensor_shape
 from graphopt.ir.opset import check_opset
 from graphopt.ir.session import open_session
+from graphopt.ir.timing import Benchmark
 from graphopt.passes.contract import Context, Pass
 from graphopt.pipeline import Budget, Evaluate, Guard, run_recipe
 from graphopt.progress import Progress
-from graphopt.recipe import Recipe, resolve
+from graphopt.recipe import Recipe, resolve, with_budget
 
 if TYPE_CHECKING:
     import torch
 
     from graphopt.ir.lifted import LiftedModule
+
+
+_BUDGET_TOLERANCE = 0.01
+"""How far a budget may be missed, relative to it: what widths and a clock can do."""
 
 
 @runtime_checkable
@@ -104,6 +109,10 @@ def optimize(
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     tolerance: float | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
+    macs: float | None = None,
+    bytes: float | None = None,  # noqa: A002
     threads: int = 1,
     quiet: bool = False,
 ) -> Result:
@@ -131,6 +140,10 @@ def optimize(
         max_drop: how much of `evaluate` lossy passes may cost, in its own unit; None allows 1 % of the original's.
         tolerance: how far outputs may move without `evaluate`: root mean square of the difference over that of
             the output; None leaves it to the recipe (`default` allows 0.1).
+        latency: the share of the input's latency that may be left, in (0, 1], as measured at the example inputs; the
+            recipe is `latency` then, unless another one with `meet-budget` is given. At most one of the four budgets.
+        latency_ms: the same in milliseconds.
+        macs, bytes: the share of multiply-accumulates, or of the bytes of the weights, that is to be left, in (0, 1].
         threads: intra-op threads for all timings, 0 for onnxruntime's default.
         quiet: show no progress on the terminal.
 
@@ -148,7 +161,9 @@ def optimize(
         >>> [node.op_type for node in result.model.graph]
         ['Relu']
     """
-    chosen = resolve(recipe)
+    wanted = {"latency": latency, "latency_ms": latency_ms, "macs": macs, "bytes": bytes}
+    shares = {name: share for name, share in wanted.items() if share is not None}
+    chosen = with_budget(resolve(recipe), shares)
     _check_budget(evaluate, max_drop, tolerance)
     with Progress(quiet=quiet, total=len(chosen.passes) + 3) as progress:
         progress.start("read the model")
@@ -184,7 +199,10 @@ def optimize(
         metric=None if final is None else final.metric,
         weights=_fates(canonical, history, steps),
         notes=_notes(original, canonical, best, guard, data),
-        missed=_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
+        missed=(
+            *_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
+            *_over_budget(shares, steps, None if final is None else final.timing),
+        ),
         environment=_environment(),
     )
     return Result(best, report, original, target)
@@ -340,6 +358,26 @@ def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[s
     return tuple(
         f"{step.name} was rolled back: {step.reason}" for index, step in enumerate(steps) if counts(index, step)
     )
+
+
+def _over_budget(shares: Mapping[str, float], steps: Sequence[Step], final: Benchmark | None) -> Iterator[str]:
+    """What is left of a cost beyond what may be, measured on the result; noise is no reason."""
+    for kind, share in shares.items():
+        left, low = 1.0, 1.0
+        if kind in ("latency", "latency_ms"):
+            if final is not None:
+                left, low = 1 / final.speeds[-1].median, 1 / final.speeds[-1].high
+                scale = final.latencies[0].median if kind == "latency_ms" else 1.0
+                left, low = left * scale, low * scale
+        else:
+            before, after = (
+                {"macs": size.macs, "bytes": size.weight_bytes}[kind]
+                for size in (steps[0].size, [step for step in steps if step.status != ROLLED_BACK][-1].size)
+            )
+            left = low = after / max(before, 1)
+        if low > share * (1 + _BUDGET_TOLERANCE):
+            unit = " ms" if kind == "latency_ms" else ""
+            yield f"{left:.3f}{unit} of {kind.removesuffix('_ms')} is left, and {share:g}{unit} was asked for"
 
 
 def _fates(canonical: ir.Model, history: Mapping[str, Sequence[str]], steps: Sequence[Step]) -> tuple[WeightFate, ...]:

@@ -37,25 +37,31 @@ _EXACT: tuple[str, ...] = (
     "eliminate-dead-code",
 )
 _LAST: tuple[str, ...] = ("merge-initializers",)
-_LOSSY: dict[str, tuple[bool, tuple[str, ...]]] = {
-    "exact": (False, ()),
-    "int8": (False, ("migrate-scales", "quantize")),
-    "int8-datafree": (False, ("migrate-scales", "quantize")),
-    "int8-qat": (False, ("train-quantized",)),
-    "int4-qat": (False, ("train-quantized",)),
-    "int4-weights": (False, ("quantize",)),
-    "default": (False, ("migrate-scales", "quantize")),
-    "fp16": (False, ("convert-float",)),
-    "prune": (True, ()),
-    "prune-int8": (True, ("quantize", "fold-reconstruction")),
+_LOSSY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "exact": ((), ()),
+    "int8": ((), ("migrate-scales", "quantize")),
+    "int8-datafree": ((), ("migrate-scales", "quantize")),
+    "int8-qat": ((), ("train-quantized",)),
+    "int4-qat": ((), ("train-quantized",)),
+    "int4-weights": ((), ("quantize",)),
+    "default": ((), ("migrate-scales", "quantize")),
+    "fp16": ((), ("convert-float",)),
+    "prune": (("prune-channels",), ()),
+    "prune-int8": (("prune-channels",), ("quantize", "fold-reconstruction")),
+    "latency": (("meet-budget",), ()),
+    "collaborative": (("meet-budget",), ()),
 }
-"""For each preset whether it prunes, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and `_LAST`."""
+"""For each preset what makes the network smaller, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and
+`_LAST`."""
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "int8": {"quantize": {"measure": True}},
     "default": {"quantize": {"measure": True}},
     "int8-datafree": {"migrate-scales": {"source": "probes"}, "quantize": {"source": "steered", "measure": True}},
     "int4-qat": {"train-quantized": {"weight_bits": 4}},
     "int4-weights": {"fold-constants": {"growth": 0.0}, "quantize": {"form": "weights", "weight_bits": 4}},
+    "prune": {"prune-channels": {"compensation": "least-squares"}},
+    "prune-int8": {"prune-channels": {"compensation": "least-squares"}},
+    "collaborative": {"meet-budget": {"solver": "collaborative", "choices": ("channels", "ranks")}},
 }
 """Options of the passes of a preset that are not the defaults."""
 _LEFT_OUT: dict[str, frozenset[str]] = {
@@ -130,7 +136,8 @@ def preset(name: str) -> Recipe:
     `default` is `int8` under a guard that keeps a lossy pass only where its outputs stay near the original (or the
     user's metric does). `prune` removes 30 % of the units of every group and rebuilds what they did, before the exact
     passes, which would hide BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and
-    rebuilds what rounding did.
+    rebuilds what rounding did. `latency` leaves 70 % of the measured latency: channels, ranks and blocks in one solve;
+    `collaborative` decides channels and ranks as Collaborative Compression does.
     `int8-qat` trains in the form of `int8` before it is written, `int4-qat` with weights of 4 bits.
     `int4-weights` stores weights as 4-bit integers and computes in floats; only passes that leave weights in their file
     come before.
@@ -142,14 +149,46 @@ def preset(name: str) -> Recipe:
     """
     if name not in _LOSSY:
         raise RecipeError(f"unknown recipe {name!r}", help=_suggest(name, PRESETS, "recipes"))
-    prunes, lossy = _LOSSY[name]
-    pruning = [build_pass("prune-channels", {"compensation": "least-squares"})] if prunes else []
-    options = _OPTIONS.get(name, {})
-    first, rest = (
-        [build_pass(entry, options.get(entry)) for entry in names if entry not in _LEFT_OUT.get(name, ())]
-        for names in (_FIRST, (*_EXACT, *lossy, *_LAST))
+    smaller, lossy = _LOSSY[name]
+    options, left_out = _OPTIONS.get(name, {}), _LEFT_OUT.get(name, ())
+    names = [entry for entry in (*_FIRST, *smaller, *_EXACT, *lossy, *_LAST) if entry not in left_out]
+    return Recipe(name, tuple(build_pass(entry, options.get(entry)) for entry in names), _TOLERANCES.get(name))
+
+
+def with_budget(recipe: Recipe, budget: Mapping[str, float]) -> Recipe:
+    """The recipe that leaves so much of a cost.
+
+    A recipe with `meet-budget` is given the budget, one with `prune-channels` where that knows the cost. `default`,
+    which neither prunes nor takes apart, gives way to `latency`.
+
+    Args:
+        recipe: as it was asked for.
+        budget: "latency", "latency_ms", "macs", "params" or "bytes" to how much of it is to be left; one at most.
+
+    Raises:
+        RecipeError: there are several budgets, no pass of the recipe can meet one, or the value is out of range.
+
+    Example:
+        >>> str(with_budget(preset("default"), {"latency": 0.6}).passes[2])
+        'meet-budget(latency=0.6)'
+        >>> str(with_budget(preset("prune-int8"), {"macs": 0.5}).passes[2])
+        "prune-channels(macs=0.5, compensation='least-squares')"
+    """
+    if not budget:
+        return recipe
+    if len(budget) > 1:
+        raise RecipeError(f"several budgets are given: {', '.join(budget)}", help="give one of them")
+    if recipe == preset("default"):
+        recipe = preset("latency")
+    kinds = {single.name: {option.name for option in dataclasses.fields(single)} for single in recipe.passes}  # type: ignore[arg-type]
+    for name in ("meet-budget", "prune-channels"):
+        if name in kinds and set(budget) <= kinds[name]:
+            return recipe.with_options(name, **budget)
+    raise RecipeError(
+        f"no pass of the recipe can leave a share of the {next(iter(budget))}",
+        where=recipe.name,
+        help="recipes latency and collaborative can; in one of your own, put meet-budget behind fold-constants",
     )
-    return Recipe(name, (*first, *pruning, *rest), _TOLERANCES.get(name))
 
 
 def resolve(recipe: str | os.PathLike[str] | Recipe | Sequence[Pass | str]) -> Recipe:

@@ -83,7 +83,8 @@ def regions(model: ir.Model) -> tuple[Region, ...]:
     Example:
         >>> from graphopt.ir.canonical import canonicalize
         >>> model = canonicalize(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
-        ...     g (float[n,2] x) => (float[n,2] z) <float[2,2] w = {1, 2, 3, 4}> { h = MatMul (x, w)  r = Relu (h)  y = Add (x, r)  z = Relu (y) }'''))
+        ...     g (float[n,2] x) => (float[n,2] z) <float[2,2] w = {1, 2, 3, 4}>
+        ...     { h = MatMul (x, w)  r = Relu (h)  y = Add (x, r)  z = Relu (y) }'''))
         >>> [(region.kind, region.exit, region.by) for region in regions(model) if region.replaceable]
         [('residual branch', 'r', 'identity')]
     """
@@ -406,7 +407,8 @@ def drop_region(model: ir.Model, region: Region) -> ir.Model:
     Example:
         >>> from graphopt.ir.canonical import canonicalize
         >>> model = canonicalize(ir.from_onnx_text('''<ir_version: 10, opset_import: ["": 21]>
-        ...     g (float[n,2] x) => (float[n,2] z) <float[2,2] w = {1, 2, 3, 4}> { h = MatMul (x, w)  r = Relu (h)  y = Add (x, r)  z = Relu (y) }'''))
+        ...     g (float[n,2] x) => (float[n,2] z) <float[2,2] w = {1, 2, 3, 4}>
+        ...     { h = MatMul (x, w)  r = Relu (h)  y = Add (x, r)  z = Relu (y) }'''))
         >>> branch = next(region for region in regions(model) if region.replaceable)
         >>> [node.op_type for node in drop_region(model, branch).graph]
         ['Relu']

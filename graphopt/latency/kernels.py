@@ -27,7 +27,7 @@ from graphopt.ir.cost import ModelCost, cost
 from graphopt.ir.session import Feeds, Session, open_session
 from graphopt.ir.timing import Latency
 from graphopt.latency.attribution import Marked, Placed, attribute, mark, placed_kernels
-from graphopt.latency.calm import UNDISTURBED, believed_level, inner_mean, undisturbed
+from graphopt.latency.calm import EXCESS, UNDISTURBED, believed_level, inner_mean, kernels_together, undisturbed
 
 LEAST_ROUNDS = 15
 """Each model runs at least so often."""
@@ -163,8 +163,9 @@ def profile_kernels(
     Each round runs every model once with onnxruntime's profiler and once without, so that what disturbs the machine
     disturbs all alike. With one thread on the CPU only runs that had the core for themselves are counted, where there
     are enough of them; where other processes took so much of the core that the kernels together still take longer than
-    the whole does in CPU time, the slower calls of each kernel are left out until they no longer do. Nothing is written
-    but to a temporary folder, which is removed.
+    the whole does in CPU time, the slower calls of each kernel are left out until they no longer do; where even the
+    fastest take too long, they are scaled to the whole, and a note says so. Nothing is written but to a temporary
+    folder, which is removed.
 
     Args:
         model: a model in canonical form; it is not changed.
@@ -338,9 +339,7 @@ class _Model:
         work = [known.get(node, (0, 0)) for node in marked.nodes]
         lost = attribute(marked, kernels, work)
         times, calls = _times(kernels, runs, overhead)
-        counted = undisturbed(np.array(self.shares[: len(times)])) if self.own_core else np.ones(len(times), bool)
-        times = times[counted]
-        level = believed_level(times, self.latency().median * 1e3)
+        times, level, rough = self._believed(times)
         found = tuple(
             _kernel(marked, kernel, _first_event(kernel, runs), times[:, place], calls[place], level)
             for place, kernel in enumerate(kernels)
@@ -358,7 +357,29 @@ class _Model:
             self.cost,
             tuple(macs for macs, _ in work),
         )
-        return replace(whole, notes=(*notes, *_doubts(whole)))
+        return replace(whole, notes=(*notes, *rough, *_doubts(whole)))
+
+    def _believed(self, times: np.ndarray) -> tuple[np.ndarray, float, list[str]]:
+        """The runs to count, at which level of `inner_mean`, and what to know about it."""
+        if not self.own_core:
+            return times, 0.5, []
+        whole = self.latency().median * 1e3
+        calm = times[undisturbed(np.array(self.shares[: len(times)]))]
+        level = believed_level(calm, whole)
+        if kernels_together(calm, level) <= EXCESS * whole:
+            return calm, level, []
+        level = believed_level(times, whole)
+        together = kernels_together(times, level)
+        if together <= EXCESS * whole:
+            return times, level, []
+        return (
+            times * (whole / together),
+            level,
+            [
+                f"others had the core in every run: the times of the kernels, {together / whole:.2f} times that of the "
+                "whole, are scaled to add up to it and are rough. Close what else runs"
+            ],
+        )
 
     def _executed(self, runs: Sequence[_Run]) -> list[Placed]:
         """The kernels of the graph in the order in which they run, and those that the graph does not show."""

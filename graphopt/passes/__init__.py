@@ -17,6 +17,7 @@ from graphopt.passes.fuse_activations import FuseActivations
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_normalization import FuseNormalization
 from graphopt.passes.fuse_pad import FusePad
+from graphopt.passes.meet_budget import MeetBudget
 from graphopt.passes.merge_branches import MergeBranches
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from graphopt.passes.merge_initializers import MergeInitializers
@@ -46,6 +47,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         EqualizeChannels,
         MigrateScales,
         PruneChannels,
+        MeetBudget,
         Decompose,
         Dequantize,
         FoldReconstruction,
@@ -72,6 +74,7 @@ __all__ = [
     "FuseAttention",
     "FuseNormalization",
     "FusePad",
+    "MeetBudget",
     "MergeBranches",
     "MergeCommonSubexpressions",
     "MergeInitializers",

@@ -302,6 +302,13 @@ def assignment(
     )
 
 
+def highest(problem: BudgetProblem) -> float:
+    """The sum of the greatest values of all terms, a bound that asks for nothing."""
+    return math.fsum(
+        max(float(factor.value.max()), -math.inf if factor.gate is None else 0.0) for factor in problem.factors
+    )
+
+
 def missed(problem: BudgetProblem, cheapest: Sequence[int]) -> TargetMissedError:
     """The error for a budget below the least cost there is, which names that cost and what holds it."""
     least = totals(problem, cheapest)[1]

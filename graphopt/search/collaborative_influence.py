@@ -24,8 +24,8 @@ class Influence:
     A layer is damaged alone, once by taking out the cheaper half of its units, the rest solved again, and once by
     cutting it to half of its rank; its mean is made right in both. The relative squared error of the outputs of the
     model over I of the damage is the influence of that kind. What is lost with a rank is spread over directions
-    of the output with little variance, which what follows hardly looks at: on ResNet-20 one unit of it hurts two to
-    forty times less than a unit of what is lost with channels.
+    of the output with little variance, which what follows hardly looks at: on ResNet-20 (32 images) one unit of it
+    hurts 1.2 to 1.9 times less than one unit of what is lost with channels, in the last block 57 times less.
 
     Args:
         knowledge: the model.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphopt.errors import GraphoptError
-from graphopt.search.budget import Assignment, BudgetProblem, alternatives, assignment, missed, totals
+from graphopt.search.budget import Assignment, BudgetProblem, alternatives, assignment, highest, missed, totals
 from graphopt.search.moves import improved, repaired
 from graphopt.search.relaxation import Tree, cheapest, relax
 
@@ -84,8 +84,7 @@ def _bound(problem: BudgetProblem) -> tuple[float, list[int] | None]:
     tree = Tree.of(problem)
     if tree is not None:
         return relax(problem, tree).bound, cheapest(tree)
-    most = [max(float(factor.value.max()), -math.inf if factor.gate is None else 0.0) for factor in problem.factors]
-    return sum(most), None
+    return highest(problem), None
 
 
 def _is_whole(problem: BudgetProblem) -> bool:

@@ -12,10 +12,15 @@ That is exact, and leaves a few percent.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import os
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +33,7 @@ from graphopt.search.budget import (
     BudgetProblem,
     Factor,
     assignment,
+    highest,
     missed,
     totals,
 )
@@ -35,8 +41,9 @@ from graphopt.search.moves import improved, repaired
 from graphopt.search.relaxation import Relaxation, Tree, relax
 
 _SOLVER = "milp"
-_MOST_ENTRIES = 2_000_000
-"""Combinations of options that go to the solver, at most; beyond that it does not come to an end in useful time."""
+_MOST_ENTRIES = 100_000
+"""Combinations of options that go to the solver, at most; with more it runs far past its time limit (measured: 200,000
+took 90 seconds of 20). Behind the bounds there are some thousands."""
 _LARGEST_VALUE = 1e3
 """What values are scaled to: HiGHS takes an absolute gap of 1e-6 for none."""
 _INFEASIBLE, _SOLVED, _LIMIT = 2, 0, 1
@@ -81,7 +88,7 @@ def solve_milp(problem: BudgetProblem, *, seconds: float = 20.0, gap: float = 1e
         passed = time.perf_counter() - start
         return assignment(problem, taken, bound=bound, solver=_SOLVER, seconds=passed, note=note)
 
-    bound = math.inf if known is None else known.bound
+    bound = highest(problem) if known is None else known.bound
     if known is not None:
         unchanged = record([0] * len(problem.choices), bound)
         if unchanged.optimal and unchanged.cost <= problem.budget + problem.slack:
@@ -135,6 +142,35 @@ class _Rows:
         return optimize.LinearConstraint(matrix, self.lower, self.upper)  # pyright: ignore[reportArgumentType]
 
 
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Let what C code prints to stdout go to stderr: HiGHS has a message that no option turns off.
+
+    Standard output may be a JSON document that a program reads. Where there is no such file, nothing is done.
+    """
+    try:
+        sys.stdout.flush()
+        _flush_c()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        _flush_c()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush_c() -> None:
+    """Write out what C code has printed to a buffer."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).fflush(None)
+
+
 class _Program:
     """The linear program of a problem, without what the relaxation rules out."""
 
@@ -165,9 +201,11 @@ class _Program:
         tables = _merged([table for factor in self.problem.factors if (table := self._cut(factor)) is not None])
         entries = sum(int(table.allowed.sum()) for table in tables)
         if entries > _MOST_ENTRIES:
+            what = f"the linear program has {entries} combinations of options, more than {_MOST_ENTRIES}"
+            if self.known is not None:
+                return None, math.inf, what
             raise GraphoptError(
-                f"the linear program has {entries} combinations of options, more than {_MOST_ENTRIES}",
-                help="decide between fewer options: coarser packets, fewer ranks a layer",
+                what, help="decide between fewer options: coarser packets, fewer ranks a layer; or solve by knapsack"
             )
         for choice, options in enumerate(self.options):
             bits = self._column(choice) + np.arange(len(options))
@@ -211,14 +249,14 @@ class _Program:
             constraints.append(optimize.LinearConstraint(row, -np.inf, left / scale))  # pyright: ignore[reportArgumentType]
         binary = np.zeros(self.columns)
         binary[: self.starts[-1]] = 1
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # that a limit was met is in the status
             return optimize.milp(
                 goal,
                 integrality=binary,
                 bounds=optimize.Bounds(0, 1),
                 constraints=constraints,
-                # there is little to presolve behind the relaxation, and HiGHS prints to stdout where it undoes that
+                # behind the relaxation there is little to presolve
                 options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": self.known is None},
             )
 

@@ -21,7 +21,7 @@ from networkx.algorithms.approximation import treewidth_min_degree, treewidth_mi
 from graphopt.search.budget import BudgetProblem, Factor, missed, totals
 from graphopt.search.moves import improved, repaired
 
-LARGEST = 1 << 23
+LARGEST = 1 << 24
 """Entries of all tables of a tree together, at most; problems whose choices hang together more have no tree."""
 _PRICES = 100
 """Solves at different prices, at most. The search ends by itself, after a dozen as a rule."""

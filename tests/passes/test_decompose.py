@@ -191,9 +191,9 @@ def test_a_weight_of_rank_one_is_found_and_exact_and_a_second_run_finds_nothing(
 
 
 def test_a_share_of_the_work_is_met_and_counted() -> None:
-    model = conv_net((3, 32, 32, 16))
+    model, forms = conv_net((3, 32, 32, 16)), ("channel-svd", "spatial-svd")
     for kind in ("macs", "params", "bytes"):
-        single = quick(**{kind: 0.5})
+        single = quick(form=forms, **{kind: 0.5})
         plan = single.plan(model)
         changed = model.clone()
         single.apply(changed, plan)
@@ -204,10 +204,11 @@ def test_a_share_of_the_work_is_met_and_counted() -> None:
             counted.weight_bytes,
         )
         assert 0.45 <= plan.after.get(kind) / plan.before.get(kind) <= 0.5
-    errors = [sum(layer.error for layer in quick(macs=share).plan(model).layers) for share in (0.9, 0.7, 0.5, 0.3)]
+    plans = [quick(macs=share, form=forms).plan(model) for share in (0.9, 0.7, 0.5, 0.3)]
+    errors = [sum(layer.error for layer in plan.layers) for plan in plans]
     assert errors == sorted(errors)
     with pytest.raises(TargetMissedError, match=r"0.001 of the macs[^$]*help: ask for less"):
-        quick(macs=0.001).plan(model)
+        quick(macs=0.001, form=forms).plan(model)
 
 
 def test_inputs_decide_what_is_kept() -> None:

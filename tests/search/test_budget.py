@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_gate_inside_another_is_an_axis_with_zeros() -> None:
         assert tuple(solve_milp(problem).options.values()) == taken
 
 
-def test_the_time_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Past the limit: what is known with its gap and a note, or an error where nothing is."""
     problem = random_problem(14)
     monkeypatch.setattr(milp, "improved", lambda problem, taken: list(taken))
@@ -165,17 +166,23 @@ def test_the_time_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "time limit" in found.note
     with pytest.raises(GraphoptError, match="no assignment within the budget was found in 5 seconds"):
         solve_milp(problem, seconds=5, reduce=False)
+    assert "a message of the solver" not in capfd.readouterr().out
+    monkeypatch.setattr(milp, "_MOST_ENTRIES", 0)
+    assert "more than 0" in solve_milp(bilinear(21.0)).note
+    with pytest.raises(GraphoptError, match="more than 0"):
+        solve_milp(problem, reduce=False)
 
 
 def timed_out(*_arguments: object, **_options: object) -> object:
+    os.write(1, b"a message of the solver")
     return milp.optimize.OptimizeResult(status=1, x=None, mip_dual_bound=None, message="time limit reached")
 
 
 def test_choices_that_hang_together_too_much_have_no_tree() -> None:
     random = np.random.default_rng(0)
-    choices = [Choice(str(index), tuple("abcdef")) for index in range(9)]
+    choices = [Choice(str(index), tuple("abcdefg")) for index in range(9)]
     pairs = [
-        Term(f"{a.name},{b.name}", (a.name, b.name), random.random((6, 6)), random.random((6, 6)))
+        Term(f"{a.name},{b.name}", (a.name, b.name), random.random((7, 7)), random.random((7, 7)))
         for a, b in itertools.combinations(choices, 2)
     ]
     problem = BudgetProblem((*choices,), (*pairs,), budget=14.0)
