@@ -8,6 +8,8 @@ UNDISTURBED = 0.97
 """A run counts as undisturbed where the thread had the core for this share of the time."""
 EXCESS = 1.02
 """How much more than the whole the kernels may take together before slow calls are put down to other processes."""
+LONG = 1000.0
+"""Microseconds; the fastest of many calls of a kernel below that was hardly interrupted, whatever else runs."""
 _LEVELS = tuple(round(0.5 - 0.025 * step, 3) for step in range(21))
 
 
@@ -52,7 +54,7 @@ def believed_level(times: np.ndarray, whole: float) -> float:
     Example:
         >>> calls = np.array([[10.0], [10.0], [10.0], [30.0], [50.0], [70.0], [90.0], [90.0]])
         >>> believed_level(calls, 60.0), believed_level(calls, 10.0)
-        (0.5, 0.225)
+        (0.5, 0.25)
     """
     for level in _LEVELS:
         if kernels_together(times, level) <= EXCESS * whole:
@@ -63,3 +65,23 @@ def believed_level(times: np.ndarray, whole: float) -> float:
 def kernels_together(times: np.ndarray, level: float) -> float:
     """The sum over the kernels at a level of `inner_mean`, microseconds; `times` is [runs, kernels]."""
     return sum(inner_mean(column, level) for column in times.T)
+
+
+def scaled_to(times: np.ndarray, level: float, whole: float) -> np.ndarray:
+    """Times whose sum at a level is that of the whole: calls that were long enough to be interrupted are made shorter.
+
+    Args:
+        times: microseconds [runs, kernels].
+        level: of `inner_mean`.
+        whole: microseconds.
+
+    Example:
+        >>> scaled_to(np.array([[10.0, 3000.0, 6000.0]]), 0.0, 6010.0).tolist()
+        [[10.0, 2000.0, 4000.0]]
+    """
+    each = np.array([inner_mean(column, level) for column in times.T])
+    is_long = each > LONG
+    left = whole - each[~is_long].sum()
+    if left <= 0 or not is_long.any():
+        return times * (whole / max(each.sum(), 1e-9))
+    return times * np.where(is_long, left / max(each[is_long].sum(), 1e-9), 1.0)

@@ -27,7 +27,15 @@ from graphopt.ir.cost import ModelCost, cost
 from graphopt.ir.session import Feeds, Session, open_session
 from graphopt.ir.timing import Latency
 from graphopt.latency.attribution import Marked, Placed, attribute, mark, placed_kernels
-from graphopt.latency.calm import EXCESS, UNDISTURBED, believed_level, inner_mean, kernels_together, undisturbed
+from graphopt.latency.calm import (
+    EXCESS,
+    UNDISTURBED,
+    believed_level,
+    inner_mean,
+    kernels_together,
+    scaled_to,
+    undisturbed,
+)
 
 LEAST_ROUNDS = 15
 """Each model runs at least so often."""
@@ -372,14 +380,11 @@ class _Model:
         together = kernels_together(times, level)
         if together <= EXCESS * whole:
             return times, level, []
-        return (
-            times * (whole / together),
-            level,
-            [
-                f"others had the core in every run: the times of the kernels, {together / whole:.2f} times that of the "
-                "whole, are scaled to add up to it and are rough. Close what else runs"
-            ],
+        note = (
+            f"others had the core in every run: the kernels take {together / whole:.2f} times as long as the whole; "
+            "those beyond a millisecond are scaled to add up to it and are rough. Close what else runs"
         )
+        return scaled_to(times, level, whole), level, [note]
 
     def _executed(self, runs: Sequence[_Run]) -> list[Placed]:
         """The kernels of the graph in the order in which they run, and those that the graph does not show."""

@@ -34,8 +34,8 @@ from graphopt.search.rounding import check_round_to
 WHAT = "decompose"
 SELECTIONS = ("energy", "error", "evbmf", "ratio")
 """What may decide the ranks."""
-AUTO_FORMS = ("svd", "channel-svd", "spatial-svd", "tucker", "cp")
-"""What form "auto" tries."""
+AUTO_FORMS = ("svd", "channel-svd", "spatial-svd", "tucker")
+"""What form "auto" tries: "cp" loses least for its multiply-accumulates, but not for its time."""
 DEFAULT_ENERGY = 0.95
 _SAMPLES = 256
 
@@ -56,7 +56,8 @@ class Decompose(Pass):
     behind stays valid and `fold-reconstruction` finds what it was.
 
     Options:
-        form: "auto" (all of them, the best for each layer), the name of one, or a tuple of names.
+        form: "auto" (all but "cp", whose depthwise layers were measured no faster in a whole network; the best for each
+            layer), the name of one, or a tuple of names.
         ranks: what decides them. "energy": the smallest that keep a share `energy` of the power of each layer's
             outputs; "error": the smallest with a relative error (root mean square) of at most `error`; "evbmf": those
             that variational Bayes finds in the weights (Nakajima et al. 2013); "ratio": as small as `macs`, `params` or

@@ -77,6 +77,8 @@ class MeetBudget(Pass):
         seconds: that one solve may take.
         seed: of everything random.
 
+    With macs=0.2, of a residual block that adds little and a product whose weight has rank 16:
+
     Before::
 
         <ir_version: 10, opset_import: ["": 21]>
@@ -88,12 +90,12 @@ class MeetBudget(Pass):
           z = MatMul (y, w_c)
         }
 
-    After (with macs=0.5, where most of the variance of y is that of x and w_c has rank 32)::
+    After::
 
         <ir_version: 10, opset_import: ["": 21]>
-        g (float[N,64] x, float[64,32] w_c_0, float[32,64] w_c_1) => (float[N,64] z) {
-          z_factor_0 = MatMul (x, w_c_0)
-          z = MatMul (z_factor_0, w_c_1)
+        g (float[N,64] x, float[64,16] w_c_factor_0, float[16,64] w_c_factor_1) => (float[N,64] z) {
+          z_factor_0 = MatMul (x, w_c_factor_0)
+          z = MatMul (z_factor_0, w_c_factor_1)
         }
     """
 
@@ -292,7 +294,11 @@ class MeetBudget(Pass):
         set_origin(graph, origin.without(groups, plan.selection) if plan.selection else origin)
         if plan.ranks:
             self._rebuild(graph, plan, context)
-            by_hand = DecomposePlan.by_hand(graph, {one.node: (one.form, one.rank) for one in plan.ranks})
+            by_hand = DecomposePlan.by_hand(
+                graph,
+                {one.node: (one.form, one.rank) for one in plan.ranks},
+                compensation=plan.compensation != "none",
+            )
             Decompose(source=self.source, samples=self.samples).apply(graph, by_hand, context)
         self._rebuild(graph, plan, context)
         model.graph = graph.graph

@@ -87,8 +87,9 @@ class ElementwiseState(LayerState):
     which is the formula of CC (Li et al. 2021, arXiv 2105.11228) where all channels may go (m = 1): the channels add up
     to W_u, and so do the terms. Everything comes from one decomposition of W_t and from sums over channels. One thing
     is approximated: behind the removal of a channel the last sum is taken as that of W_t without the column, instead
-    of from a decomposition for every channel. It is exact for F = 1; on 40 random layers of 8 x 8 with random F E_next is off by
-    4 % in the median and by 10 % at worst, and the unit or term that goes first was the same in all.
+    of from a decomposition for every channel. It is exact for F = 1. On 40 random layers of 8 x 8 with random F,
+    E_next of a channel is off by 4 % in the median and 10 % at worst, and the channel that goes first is that of the
+    exact score in 97 %.
 
     Args:
         weight: W, float64 [N, C, T].
@@ -272,9 +273,10 @@ class CovarianceState(LayerState):
     scores all terms.
 
     E_next(u) = I(u) + (what all units would cost then + sum of s_r^2 then) / (T - 1). Behind a term it is exact; behind
-    a unit the costs of the other units are taken as before it, though their covariance changes. On 40 random layers of 8
-    channels E_next is off by 4 % (6 % at worst) where channels hardly correlate, by 8 % (24 %) where their covariance
-    has 16 degrees of freedom, by 14 % (38 %) with 8; the unit or term that goes first was the same in all.
+    a unit the costs of the other units are taken as before it, though their covariance changes, so among units the
+    look-ahead changes no order: it only weighs units against terms. On 40 random layers of 8 channels E_next of a unit
+    is off by 4 % (6 % at worst) where channels hardly correlate, by 8 % (24 %) where their covariance has 16 degrees of
+    freedom, by 14 % (38 %) with 8; the unit that goes first is that of the exact score in 100, 85 and 55 %.
 
     Args:
         weight: W, float64 [N, X, K]: K columns, [C, taps]; X > 1 where taps are taken as uncorrelated and alike, and

@@ -98,7 +98,8 @@ def solve_milp(problem: BudgetProblem, *, seconds: float = 20.0, gap: float = 1e
             return first
     found, proven, note = _Program(problem, known).solved(seconds - (time.perf_counter() - start), gap)
     bound = min(bound, proven)
-    candidates = ([] if known is None else [known.taken]) + ([] if found is None else [found])
+    begun = known.taken if known is not None else repaired(problem, [0] * len(problem.choices))
+    candidates = [taken for taken in (begun, found) if taken is not None]
     if not candidates:
         raise GraphoptError(
             f"no assignment within the budget was found in {seconds:g} seconds",

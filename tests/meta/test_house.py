@@ -154,7 +154,7 @@ def test_every_pass_has_its_contract(name: str) -> None:
 def test_the_readme_names_every_pass_and_command() -> None:
     readme = (ROOT / "README.md").read_text() + (ROOT / "docs" / "passes.md").read_text()
     assert [name for name in PASSES if f"`{name}`" not in readme] == []
-    for command in ("optimize", "plan", "inspect", "groups", "diff", "bench", "verify"):
+    for command in ("optimize", "plan", "profile", "inspect", "groups", "diff", "bench", "verify"):
         assert f"graphopt {command}" in readme
 
 
