@@ -21,6 +21,7 @@ from graphopt.errors import (
 from graphopt.export.benchmark import benchmark
 from graphopt.export.group_graph import group_graph
 from graphopt.export.groups import GroupsReport, describe_groups
+from graphopt.export.pareto import plot_pareto
 from graphopt.export.report import Report, Step
 from graphopt.export.verify import Verdict, compare, verify
 from graphopt.export.write import save
@@ -84,6 +85,7 @@ __all__ = [
     "lower",
     "mask_channels",
     "optimize",
+    "plot_pareto",
     "profile",
     "recover",
     "remove_channels",

@@ -151,11 +151,17 @@ def plan(
     specs: Specs = None,
     target: Target = "cpu",
     threads: Threads = 1,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg|.png|.pdf", help="draw what is left of each layer there")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which channels would go (or which layers would be rounded): what the first lossy pass of a recipe plans."""
+    from graphopt.ir.figures import check_drawing
     from graphopt.planning import plan_recipe
 
+    if plot is not None:
+        check_drawing(plot)
     found = plan_recipe(
         model,
         None if inputs is None else _arrays(inputs),
@@ -166,6 +172,13 @@ def plan(
         threads=threads,
     )
     _show(found, as_json)
+    if plot is not None:
+        draw = getattr(found, "plot", None)
+        if draw is None:
+            raise GraphoptError(
+                "this plan has no picture", where=recipe, help="plans of meet-budget have: --recipe latency"
+            )
+        draw(plot)
 
 
 @application.command()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from graphopt.ir.lifted import LiftedModule
 
 
+_SLOWER = "slower than the input, which is returned"
 _BUDGET_TOLERANCE = 0.01
 """How far a budget may be missed, relative to it: what widths and a clock can do."""
 
@@ -161,10 +162,9 @@ def optimize(
         >>> [node.op_type for node in result.model.graph]
         ['Relu']
     """
-    wanted = {"latency": latency, "latency_ms": latency_ms, "macs": macs, "bytes": bytes}
-    shares = {name: share for name, share in wanted.items() if share is not None}
+    shares = _shares(latency=latency, latency_ms=latency_ms, macs=macs, bytes=bytes)
     chosen = with_budget(resolve(recipe), shares)
-    _check_budget(evaluate, max_drop, tolerance)
+    budget = _budget(evaluate, max_drop, tolerance, chosen)
     with Progress(quiet=quiet, total=len(chosen.passes) + 3) as progress:
         progress.start("read the model")
         subject = _read(model, args, kwargs, dynamic_shapes)
@@ -172,20 +172,18 @@ def optimize(
         data = None if calibration is None else Calibration(original, calibration)
         feeds, sizes = _feeds(subject, data, inputs or {})
         canonical = subject.canonical or canonicalize(original.clone(), sizes=sizes)
-        limit = tolerance if tolerance is not None or evaluate is not None else chosen.tolerance
         given = len(subject.feeds) or (1 if data is not None else None)
-        guard = Guard(original, feeds, Budget(evaluate, max_drop, limit), target, threads, sizes, given)
-        context = Context(
-            target, threads, sizes, data, specs=inputs or {}, reference=canonical, progress=progress.detail
-        )
+        guard = Guard(original, feeds, budget, target, threads, sizes, given)
+        context = Context(target, threads, sizes, data, specs=inputs or {}, reference=canonical)
+        context.progress = progress.detail
         progress.start("measure the input")
         best, steps, history = run_recipe(canonical, chosen.passes, guard, context, progress)
         progress.start("measure the result")
         final = guard.final()
     if final.timing.is_slower():
         best, final = original, None
-        slower = "slower than the input, which is returned"
-        steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason=slower, cause=SPEED))
+        steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason=_SLOWER, cause=SPEED))
+    timing = None if final is None else final.timing
     report = Report(
         source=subject.name,
         recipe=chosen.name,
@@ -194,15 +192,12 @@ def optimize(
         data=_data_sentence(data),
         inputs={name: f"{array.dtype}{list(array.shape)}" for name, array in feeds[0].items()},
         steps=tuple(steps),
-        final=None if final is None else final.timing,
+        final=timing,
         error=None if final is None else final.error,
         metric=None if final is None else final.metric,
         weights=_fates(canonical, history, steps),
         notes=_notes(original, canonical, best, guard, data),
-        missed=(
-            *_missed(steps, chosen, explicit=max_drop is not None or tolerance is not None),
-            *_over_budget(shares, steps, None if final is None else final.timing),
-        ),
+        missed=(*_missed(steps, chosen, (max_drop, tolerance) != (None, None)), *_over_budget(shares, steps, timing)),
         environment=_environment(),
     )
     return Result(best, report, original, target)
@@ -314,7 +309,13 @@ def is_torch(model: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "torch" for base in type(model).__mro__)
 
 
-def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None) -> None:
+def _shares(**budgets: float | None) -> dict[str, float]:
+    """The budgets that were given."""
+    return {name: share for name, share in budgets.items() if share is not None}
+
+
+def _budget(evaluate: Evaluate | None, max_drop: float | None, tolerance: float | None, recipe: Recipe) -> Budget:
+    """What lossy passes may cost. Raises `DataError` where the limits do not fit."""
     if evaluate is not None and not callable(evaluate):
         raise DataError("`evaluate` is not callable", help="pass a function of an onnxruntime.InferenceSession")
     if max_drop is not None and evaluate is None:
@@ -322,6 +323,8 @@ def _check_budget(evaluate: Any, max_drop: float | None, tolerance: float | None
     for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
         if value is not None and not value >= 0:
             raise DataError(f"`{name}` is {value}, but must be at least 0", where=name)
+    limit = tolerance if tolerance is not None or evaluate is not None else recipe.tolerance
+    return Budget(evaluate, max_drop, limit)
 
 
 def _notes(
@@ -340,7 +343,7 @@ def _data_sentence(data: Calibration | None) -> str:
     return f"{data.samples} calibration samples" if data.samples is not None else "calibration data"
 
 
-def _missed(steps: Sequence[Step], recipe: Recipe, *, explicit: bool) -> tuple[str, ...]:
+def _missed(steps: Sequence[Step], recipe: Recipe, explicit: bool) -> tuple[str, ...]:
     """What was asked for and not delivered: a budget that is the user's, or a step that is wrong.
 
     A step that is merely slower is no missed target, for never slower is what was asked for, unless it carries out

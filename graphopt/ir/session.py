@@ -98,8 +98,8 @@ def open_session(
         optimized: False disables every graph optimisation of onnxruntime: the reference side of comparisons.
         extra_outputs: names of main-graph values to return after the model's own outputs.
         optimized_model_path: where onnxruntime is to write the graph as it will run it.
-        profile_prefix: onnxruntime times every kernel of every run, and `end_profiling` writes the times to a file whose
-            path begins so; weights are then left out of the file at `optimized_model_path`, into one beside it.
+        profile_prefix: onnxruntime times every kernel of every run, and `end_profiling` writes the times to a file
+            whose path begins so; weights then go into a file beside the one at `optimized_model_path`.
 
     Raises:
         InvalidGraphError: onnxruntime refuses the model; the message carries onnxruntime's reason.

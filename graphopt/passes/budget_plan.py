@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
+from graphopt.ir.figures import drawing
 from graphopt.passes.prune_plan import GroupPlan, SkippedGroup, digest_of
 
 _MOST_SKIPPED = 6
@@ -170,6 +172,34 @@ class BudgetPlan:
         found = f"predicted {last.predicted:.3f}, measured {last.measured:.3f}"
         gap = f", gap {last.gap:.1%}" if last.gap > 1e-4 else ""
         return [f"{head}: {found} ({self.solver}{gap}, {len(self.tries)} built); {', '.join(went) or 'nothing goes'}"]
+
+    def plot(self, path: Path) -> None:
+        """Draw what is left of each group, layer and block, in the order of the graph.
+
+        Args:
+            path: ends in .svg, .png or .pdf.
+
+        Raises:
+            GraphoptError: matplotlib is not installed, or the format is unknown.
+            WriteError: the file cannot be written.
+        """
+        bars = [(group.name, group.kept / group.units, f"{group.kept} of {group.units}") for group in self.groups]
+        bars += [(one.node, one.rank / one.full, f"rank {one.rank} of {one.full}") for one in self.ranks]
+        bars += [
+            (f"block {one.name}", 0.0 if one.dropped else 1.0, "dropped" if one.dropped else "kept")
+            for one in self.blocks
+        ]
+        with drawing(path, width=7.0, height=1.0 + 0.18 * max(len(bars), 1)) as figure:
+            axes = figure.subplots()
+            colours = ["tab:green" if share == 1 else "tab:orange" if share else "tab:red" for _, share, _ in bars]
+            axes.barh(range(len(bars)), [share for _, share, _ in bars], color=colours)
+            for place, (_, share, text) in enumerate(bars):
+                axes.text(min(share, 0.98) + 0.01, place, text, va="center", fontsize=6)
+            axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=6)
+            axes.set_xlim(0, 1.2)
+            axes.invert_yaxis()
+            axes.set_xlabel("share that is left")
+            axes.set_title(self.summary()[0], fontsize=8)
 
     def __str__(self) -> str:
         unit = f"{self.whole / 1e3:.2f} ms" if self.kind == "latency" else f"{self.whole:,.0f} {self.kind}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from graphopt.passes.contract import Context
 from graphopt.passes.decompose import Decompose
 from graphopt.passes.decompose_plan import DecomposePlan
 from graphopt.passes.lazy_inputs import LazyInputs
+from graphopt.passes.prune_plan import SkippedGroup
 from graphopt.search import Candidate, CostModel, Costs, unit_step
 from graphopt.search.block_losses import block_losses
 from graphopt.search.collaborative import Collaborative, Collaborator
@@ -40,8 +42,8 @@ CHANNELS, RANKS, BLOCKS = "channels", "ranks", "blocks"
 CHOICES = (CHANNELS, RANKS, BLOCKS)
 """What may be decided."""
 LATENCY = "latency"
-COLLABORATIVE = "collaborative"
-SOLVERS = ("milp", "knapsack", COLLABORATIVE)
+COLLABORATIVE, SEQUENCE = "collaborative", "sequence"
+SOLVERS = ("milp", "knapsack", COLLABORATIVE, SEQUENCE)
 """What may decide."""
 _GAP = 1e-3
 _MOST_TRIES = 6
@@ -60,7 +62,7 @@ class Wish:
     Attributes:
         kind: "latency" or one of `graphopt.search.node_costs.COUNTED`.
         choices: of `CHOICES`.
-        solver: "milp", "knapsack" or "collaborative".
+        solver: one of `SOLVERS`.
         surrogate: of what is lost.
         round_to: multiples of widths and ranks, None for what kernels like.
         min_units: of each group that stay.
@@ -99,6 +101,10 @@ class BudgetSearch:
     """One model, its losses and its costs, measured once.
 
     Attributes:
+        model: it.
+        wish: what is asked for.
+        skipped: groups that stay whole.
+        inputs: that losses were measured on.
         whole: cost of the model as it is: microseconds, or a count.
         candidates: groups that may lose units.
         blocks: that may go, with what would be lost.
@@ -106,18 +112,26 @@ class BudgetSearch:
     """
 
     def __init__(
-        self, model: ir.Model, chosen: Sequence[ChannelGroup], wish: Wish, inputs: LazyInputs, context: Context
+        self,
+        model: ir.Model,
+        chosen: Sequence[ChannelGroup],
+        skipped: Sequence[SkippedGroup],
+        wish: Wish,
+        inputs: LazyInputs,
+        context: Context,
     ) -> None:
         """Measure.
 
         Args:
             model: canonical; it is not changed.
             chosen: groups of `channel_groups(model)` with the same sizes that may lose units.
+            skipped: the others.
             wish: what is asked for.
             inputs: for losses.
             context: sizes, target and threads for latencies.
         """
-        self.wish, self._model, self._context = wish, model, context
+        self.wish, self.model, self._context = wish, model, context
+        self.skipped, self.inputs = tuple(skipped), inputs
         self.notes: list[str] = []
         self._sizes = {**symbolic_sizes(model), **(known_sizes(model, context.sizes) or {})}
         if wish.kind != LATENCY:
@@ -152,7 +166,8 @@ class BudgetSearch:
     @property
     def _mode(self) -> str:
         if CHANNELS in self.wish.choices:
-            return "joint" if RANKS in self.wish.choices else "prune"
+            both = "sequence" if self.wish.solver == SEQUENCE else "joint"
+            return both if RANKS in self.wish.choices else "prune"
         return "decompose"
 
     def _tell(self, done: int, text: str) -> None:
@@ -164,16 +179,16 @@ class BudgetSearch:
         if BLOCKS not in self.wish.choices:
             return []
         found: list[Region] = []
-        for region in sorted(regions(self._model), key=lambda region: -len(region.nodes)):
+        for region in sorted(regions(self.model), key=lambda region: -len(region.nodes)):
             free = all(not set(region.nodes) & set(other.nodes) for other in found)
             if region.replaceable and region.kind == "residual branch" and free:
                 found.append(region)
-        order = {node.name: place for place, node in enumerate(self._model.graph)}
+        order = {node.name: place for place, node in enumerate(self.model.graph)}
         return sorted(found, key=lambda region: order[region.nodes[0]])
 
     def _nodes_of(self, region: Region) -> frozenset[str]:
         """Names of what goes with a region: its nodes, and what makes the value that is replaced."""
-        joins = [node.name or "" for node in self._model.graph if region.replaced in {out.name for out in node.outputs}]
+        joins = [node.name or "" for node in self.model.graph if region.replaced in {out.name for out in node.outputs}]
         return frozenset((*region.nodes, *joins))
 
     def _stated(self) -> JointProblem:
@@ -200,6 +215,20 @@ class BudgetSearch:
         problem = JointProblem(self.candidates, self._tables, node_costs, self.blocks, low_rank)
         self.whole = node_costs.fixed + sum(node_costs.at(node, {}) for node in node_costs.places)
         return problem
+
+    def restricted(self, choices: tuple[str, ...], solver: str) -> BudgetSearch:
+        """The same measurements, with fewer choices or another solver."""
+        other = copy.copy(self)
+        other.wish = replace(self.wish, choices=choices, solver=solver)
+        other.blocks = self.blocks if BLOCKS in choices else ()
+        other._how = replace(self._how, mode=other._mode)
+        other._problem = replace(self._problem, blocks=other.blocks, low_rank=RANKS in choices)
+        return other
+
+    def predicted(self, removed: Mapping[str, int]) -> float:
+        """Share of the cost that is expected to be left without that many units of each group."""
+        costs = self._problem.costs
+        return (costs.fixed + sum(costs.at(node, removed) for node in costs.places)) / self.whole
 
     def solve(self, share: float) -> tuple[Found, tuple[Try, ...]]:
         """What goes so that at most `share` of the cost is left, measured.
@@ -246,7 +275,8 @@ class BudgetSearch:
     def _attempt(self, aim: float, *, reached: bool) -> Found | None:
         """One solution and what it measures; None where there is none and an earlier one will do."""
         try:
-            found = self._collaborated(aim) if self.wish.solver == COLLABORATIVE else self._solved(aim)
+            by_steps = self.wish.solver in (COLLABORATIVE, SEQUENCE)
+            found = self._collaborated(aim) if by_steps else self._solved(aim)
         except TargetMissedError as error:
             if reached:
                 return None
@@ -300,7 +330,7 @@ class BudgetSearch:
         self, selection: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int], dropped: Sequence[str]
     ) -> ir.Model:
         """The model without these units and blocks, with layers of these ranks; nothing is made up for."""
-        graph = cut(self._model, self._groups, selection, [self._regions[name] for name in dropped])
+        graph = cut(self.model, self._groups, selection, [self._regions[name] for name in dropped])
         if ranks:
             plan = DecomposePlan.by_hand(graph, self.forms_of(ranks), compensation=False)
             Decompose(source="none").apply(graph, plan, self._context.silent())
@@ -318,12 +348,10 @@ class BudgetSearch:
     def _share_of(self, graph: ir.Model) -> float:
         if not self._is_timed:
             table = self._groups.analysis.table
-            counted = [
-                Costs.of(cost(one, self._sizes, table=table)).get(self.wish.kind) for one in (self._model, graph)
-            ]
+            counted = [Costs.of(cost(one, self._sizes, table=table)).get(self.wish.kind) for one in (self.model, graph)]
             return counted[1] / max(counted[0], 1)
         target, threads = self._context.target, self._context.threads
-        sessions = [open_session(one, target=target, threads=threads) for one in (self._model, graph)]
+        sessions = [open_session(one, target=target, threads=threads) for one in (self.model, graph)]
         start = time.perf_counter()
         sessions[0].run_feeds(self._feeds)
         once = time.perf_counter() - start

@@ -67,7 +67,7 @@ class MeetBudget(Pass):
         macs, params, bytes: the same of multiply-accumulates, parameters, bytes of weights. One of the five.
         choices: what may be decided, of "channels", "ranks" and "blocks" (residual branches that a shortcut can stand
             for).
-        solver: "milp", "knapsack" or "collaborative".
+        solver: "milp", "knapsack", "collaborative", or "sequence": channels for half of the saving, then ranks.
         surrogate: what a layer is worth, in `graphopt.search.collaborative_surrogates.SURROGATES`: "second-order" (on
             inputs, no gradients), "gradient" (torch), "magnitude" (weights alone).
         round_to, keep, skip, min_units: as for `prune-channels`.
@@ -191,6 +191,13 @@ class MeetBudget(Pass):
             DataError: losses need inputs that cannot be had.
         """
         context = context or Context()
+        search = self.search(model, context)
+        for note in search.notes:
+            context.note(WHAT, note, "model")
+        return self.planned(search, self._share(search.whole))
+
+    def search(self, model: ir.Model, context: Context) -> BudgetSearch:
+        """Everything that is measured of a model before anything is decided. Raises what `plan` raises."""
         self._check_source(context)
         chosen, skipped = self._groups(model, context)
         inputs = LazyInputs(model, context, self.source, WHAT, self.samples)
@@ -204,17 +211,17 @@ class MeetBudget(Pass):
             self.seconds,
             self.seed,
         )
-        search = BudgetSearch(model, chosen, wish, inputs, context)
-        share = self._share(search.whole)
-        for note in search.notes:
-            context.note(WHAT, note, "model")
+        return BudgetSearch(model, chosen, skipped, wish, inputs, context)
+
+    def planned(self, search: BudgetSearch, share: float) -> BudgetPlan:
+        """The plan for a share of the cost, from what was measured. Raises what `plan` raises."""
         try:
             found, tries = search.solve(share)
         except TargetMissedError as error:
-            raise with_blockers(error, skipped) from error
+            raise with_blockers(error, search.skipped) from error
         dropped = set(found.dropped)
         return BudgetPlan(
-            digest_of(model),
+            digest_of(search.model),
             self.kind,
             share,
             search.whole,
@@ -224,10 +231,10 @@ class MeetBudget(Pass):
                 for node, (form, rank) in search.forms_of(found.ranks).items()
             ),
             blocks=tuple(BlockPlan(block.name, block.loss, block.name in dropped) for block in search.blocks),
-            skipped=tuple(skipped),
-            solver=self.solver,
+            skipped=tuple(search.skipped),
+            solver=search.wish.solver,
             tries=tries,
-            source=inputs.sentence,
+            source=search.inputs.sentence,
             compensation=self.compensation,
             notes=tuple(search.notes),
         )

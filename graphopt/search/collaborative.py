@@ -108,8 +108,9 @@ class Collaborative:
     rounded; no curve is fitted, and a layer between two groups is counted once.
 
     Top-1 on 2,000 images, ResNet-20 (87.95 before) at half of the MACs, inside of blocks, 256 images for everything,
-    least-squares rebuild behind, "tables": joint 83.25, sequence 83.45, prune 79.55, decompose 73.65. Joint and sequence
-    are not told apart by so few images (one standard error is 0.8 points), though the predicted loss is less for joint.
+    least-squares rebuild behind, "tables": joint 83.25, sequence 83.45, prune 79.55, decompose 73.65. Joint and
+    sequence are not told apart by so few images (a standard error is 0.8 points), though the predicted loss of joint
+    is less.
 
     Args:
         surrogate: name in `SURROGATES`, or a surrogate.
