@@ -35,6 +35,7 @@ from graphopt.search.collaborative_surrogates import Surrogate
 from graphopt.search.joint import Block, JointProblem
 from graphopt.search.knapsack import solve_knapsack
 from graphopt.search.latency_model import measure_latency
+from graphopt.search.layer_forms import LayerForm, LayerForms, low_rank_form
 from graphopt.search.milp import solve_milp
 from graphopt.search.node_costs import CountedCosts, NodeCosting
 
@@ -86,13 +87,13 @@ class Found:
 
     Attributes:
         selection: units by group.
-        ranks: by node.
+        forms: by node.
         dropped: names of regions.
         last: what it costs and loses.
     """
 
     selection: Mapping[str, tuple[int, ...]]
-    ranks: Mapping[str, int]
+    forms: Mapping[str, LayerForm]
     dropped: tuple[str, ...]
     last: Try
 
@@ -108,6 +109,7 @@ class BudgetSearch:
         whole: cost of the model as it is: microseconds, or a count.
         candidates: groups that may lose units.
         blocks: that may go, with what would be lost.
+        forms: that layers may have.
         notes: sentences about the measurements.
     """
 
@@ -193,15 +195,14 @@ class BudgetSearch:
 
     def _stated(self) -> JointProblem:
         low_rank = RANKS in self.wish.choices
+        self.forms = LayerForms(self._tables, self._collaborator.states, self._costs, self.wish.round_to)
         if self._is_timed:
-            ranks = {name: tuple(several) for name, several in self._tables.ranks.items()} if low_rank else {}
             node_costs = measure_latency(
                 self._costs,
                 self.candidates,
                 self._feeds,
-                layers=self._tables.layers,
-                ranks=ranks,
-                build=lambda removed, at: self._built_or_none(self._selection(removed), at),
+                forms=self.forms if low_rank else None,
+                build=lambda removed, forms: self._built_or_none(self._selection(removed), forms),
                 target=self._context.target,
                 threads=self._context.threads,
                 seconds=_FIT_SECONDS,
@@ -210,9 +211,9 @@ class BudgetSearch:
             )
             self.notes += node_costs.notes
         else:
-            node_costs = CountedCosts(self._costs, self.wish.kind, self._tables.layers)
+            node_costs = CountedCosts(self._costs, self.wish.kind, self.forms)
         self._collaborator.costing = NodeCosting(self._tables.layers, self._costs, node_costs)
-        problem = JointProblem(self.candidates, self._tables, node_costs, self.blocks, low_rank)
+        problem = JointProblem(self.candidates, self.forms, node_costs, self.blocks, low_rank)
         self.whole = node_costs.fixed + sum(node_costs.at(node, {}) for node in node_costs.places)
         return problem
 
@@ -281,7 +282,7 @@ class BudgetSearch:
             if reached:
                 return None
             raise self._unreachable(aim, error) from error
-        graph = self.built(found.selection, found.ranks, found.dropped)
+        graph = self.built(found.selection, found.forms, found.dropped)
         return replace(found, last=replace(found.last, measured=self._share_of(graph)))
 
     def _solved(self, aim: float) -> Found:
@@ -299,13 +300,15 @@ class BudgetSearch:
             assignment.seconds,
             assignment.note or "",
         )
-        return Found(self._selection(taken.removed), taken.ranks, taken.dropped, last)
+        return Found(self._selection(taken.removed), taken.forms, taken.dropped, last)
 
     def _collaborated(self, aim: float) -> Found:
         start = time.perf_counter()
         found = self._collaborator.solve(aim, self._how)
         last = Try(found.share, math.nan, found.loss, seconds=time.perf_counter() - start)
-        return Found(found.selection, found.ranks, (), last)
+        layers = {layer.name: layer for layer in self._tables.layers}
+        forms = {node: LayerForm(low_rank_form(layers[node]), rank) for node, rank in found.ranks.items()}
+        return Found(found.selection, forms, (), last)
 
     def _unreachable(self, aim: float, error: TargetMissedError) -> TargetMissedError:
         return TargetMissedError(
@@ -320,30 +323,24 @@ class BudgetSearch:
         orders = self._tables.orders
         return {name: tuple(sorted(map(int, orders[name][:count]))) for name, count in removed.items() if count}
 
-    def _built_or_none(self, selection: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> ir.Model | None:
+    def _built_or_none(
+        self, selection: Mapping[str, tuple[int, ...]], forms: Mapping[str, LayerForm]
+    ) -> ir.Model | None:
         try:
-            return self.built(selection, ranks, ())
+            return self.built(selection, forms, ())
         except GraphoptError:
             return None
 
     def built(
-        self, selection: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int], dropped: Sequence[str]
+        self, selection: Mapping[str, tuple[int, ...]], forms: Mapping[str, LayerForm], dropped: Sequence[str]
     ) -> ir.Model:
-        """The model without these units and blocks, with layers of these ranks; nothing is made up for."""
+        """The model without these units and blocks, with layers of these forms; nothing is made up for."""
         graph = cut(self.model, self._groups, selection, [self._regions[name] for name in dropped])
-        if ranks:
-            plan = DecomposePlan.by_hand(graph, self.forms_of(ranks), compensation=False)
+        if forms:
+            by_hand = {node: (form.form, form.rank) for node, form in forms.items()}
+            plan = DecomposePlan.by_hand(graph, by_hand, compensation=False)
             Decompose(source="none").apply(graph, plan, self._context.silent())
         return graph
-
-    def forms_of(self, ranks: Mapping[str, int]) -> dict[str, tuple[str, int]]:
-        """Form and rank of each layer."""
-        taps = {layer.name: layer.taps for layer in self._tables.layers}
-        return {node: ("channel-svd" if taps[node] > 1 else "svd", rank) for node, rank in ranks.items()}
-
-    def full_rank(self, node: str) -> int:
-        """The rank at which a layer loses nothing."""
-        return next(layer.full_rank for layer in self._tables.layers if layer.name == node)
 
     def _share_of(self, graph: ir.Model) -> float:
         if not self._is_timed:

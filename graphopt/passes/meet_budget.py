@@ -227,8 +227,8 @@ class MeetBudget(Pass):
             search.whole,
             groups=self._group_plans(search, found),
             ranks=tuple(
-                RankPlan(node, form, rank, search.full_rank(node))
-                for node, (form, rank) in search.forms_of(found.ranks).items()
+                RankPlan(node, form.form, form.rank, search.forms.full_rank(node, form.form))
+                for node, form in found.forms.items()
             ),
             blocks=tuple(BlockPlan(block.name, block.loss, block.name in dropped) for block in search.blocks),
             skipped=tuple(search.skipped),

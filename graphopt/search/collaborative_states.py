@@ -289,6 +289,11 @@ class CovarianceState(LayerState):
         fold: whether outputs may be mixed, which is faster where they are more than the columns; `losses` then takes
             no `outputs`.
 
+    Attributes:
+        original: the weight as it was given.
+        covariance: as it was given.
+        price: of a unit of loss of rank.
+
     Example:
         >>> weight = np.array([[[3.0, 0.0]], [[0.0, 2.0]]])
         >>> state = CovarianceState(weight, np.eye(2), np.array([[0], [1]]), True)
@@ -309,6 +314,7 @@ class CovarianceState(LayerState):
     ) -> None:
         self.blocks, self._rankable = blocks, rankable
         self.alive = np.ones(len(blocks), bool)
+        self.original, self.covariance, self.price = weight, covariance, term_price
         self._rank = min(weight.shape[0], weight.shape[1] * weight.shape[2])
         if fold and len(weight) > weight.shape[1] * weight.shape[2]:  # the same products W^T W in fewer rows
             flat = np.asarray(np.linalg.qr(weight.reshape(len(weight), -1), mode="r"))
@@ -319,7 +325,7 @@ class CovarianceState(LayerState):
         self._whole = np.diagonal(self._energy).copy()
         self._weight = weight.copy()
         self._columns, self._count = np.arange(weight.shape[2]), weight.shape[2]
-        self._taps, self._price = taps, term_price
+        self._taps = taps
         self._inverse = np.zeros((0, 0))
         if len(blocks):
             self._inverse = _inverted(covariance)
@@ -340,7 +346,7 @@ class CovarianceState(LayerState):
         scores = self.loss + costs
         if gamma:
             energy = float(np.trace(self._energy))
-            ahead = costs.sum() - costs + (self._price * (energy - costs) if self.rank else 0.0)
+            ahead = costs.sum() - costs + (self.price * (energy - costs) if self.rank else 0.0)
             scores = scores + gamma * (scores + ahead / max(self.left - 1, 1))
         found[self.alive] = scores
         return found
@@ -350,7 +356,7 @@ class CovarianceState(LayerState):
         if not self.rank:
             return np.zeros(0)
         values, vectors = self._decomposed()
-        scores = self.loss + self._price * values
+        scores = self.loss + self.price * values
         if gamma:
             channels, total = np.zeros(len(values)), 0.0
             if self.alive.any():
@@ -358,7 +364,7 @@ class CovarianceState(LayerState):
                 parts = whitened.reshape(len(whitened), len(self._energy), -1).swapaxes(0, 1)
                 channels = np.square(vectors.T @ parts.reshape(len(self._energy), -1)).sum(axis=1)
                 total = float(np.square(whitened).sum())
-            ahead = total - channels + self._price * (float(values.sum()) - values)
+            ahead = total - channels + self.price * (float(values.sum()) - values)
             scores = scores + gamma * (scores + ahead / max(self.left - 1, 1))
         return scores
 
@@ -367,7 +373,7 @@ class CovarianceState(LayerState):
         if not gamma:
             return self.loss
         ahead = float(np.square(self._whitened()).sum()) if self.alive.any() else 0.0
-        ahead += self._price * float(np.trace(self._energy)) if self.rank else 0.0
+        ahead += self.price * float(np.trace(self._energy)) if self.rank else 0.0
         return self.loss + gamma * (self.loss + ahead / max(self.left, 1))
 
     def remove(self, units: np.ndarray, terms: np.ndarray) -> None:
@@ -375,7 +381,7 @@ class CovarianceState(LayerState):
         if len(terms):
             values, vectors = self._decomposed()
             gone = vectors[:, terms]
-            self.loss += self._price * float(values[terms].sum())
+            self.loss += self.price * float(values[terms].sum())
             flat = self._weight.reshape(len(self._weight), -1)
             self._weight = (flat - gone @ (gone.T @ flat)).reshape(self._weight.shape)
             self._energy = self._energy - (gone * values[terms]) @ gone.T
@@ -386,7 +392,7 @@ class CovarianceState(LayerState):
 
     def snapshot(self) -> Snapshot:
         """See `LayerState`."""
-        return _CovarianceSnapshot(self._energy, self._whole - np.diagonal(self._energy), self._price)
+        return _CovarianceSnapshot(self._energy, self._whole - np.diagonal(self._energy), self.price)
 
     @property
     def left_energy(self) -> float:

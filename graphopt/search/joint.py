@@ -1,8 +1,8 @@
 """Widths, ranks and blocks in one problem: what each may be, what it costs together, and what it loses.
 
 Everything that may go is a choice of `graphopt.search.budget`: how many units of a group stay, whether a layer is dense
-or two layers of a rank, whether a block stays at all. What is lost is I of every layer at every width and rank
-(`graphopt.search.collaborative_tables`), so that channels and ranks of one layer are not counted twice; what it costs
+or a chain of two of a rank, whether a block stays at all. What is lost is I of every layer at every width and rank
+(`graphopt.search.layer_forms`), so that channels and ranks of one layer are not counted twice; what it costs
 is a table over the few choices that meet in one node, so that a layer that is cut from both sides, or stands in a
 block that goes, costs what it really costs.
 """
@@ -18,11 +18,11 @@ import numpy as np
 
 from graphopt.search.budget import Assignment, BudgetProblem, Choice, Term
 from graphopt.search.collaborative_layers import Layer
-from graphopt.search.collaborative_tables import Tables
 from graphopt.search.contract import Candidate
+from graphopt.search.layer_forms import LayerForm, LayerForms, thinned
 
-MOST_WIDTHS, MOST_RANKS = 16, 6
-"""Widths of a group and ranks of a layer that are looked at; of more, so many are spread evenly over them."""
+MOST_WIDTHS, MOST_RANKS = 16, 5
+"""Widths of a group and ranks of each form of a layer that are looked at; of more, so many are spread over them."""
 _MOST_MEETING = 2
 """Groups whose widths are looked at together in one node; where more meet, each is looked at with the others whole."""
 
@@ -55,8 +55,8 @@ class NodeCosts(Protocol):
         """What the model costs beyond its nodes."""
         ...
 
-    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
-        """What a node costs with these units gone; with a rank, as two layers of that rank."""
+    def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
+        """What a node costs with these units gone; with a form, as that chain."""
         ...
 
 
@@ -66,13 +66,13 @@ class Taken:
 
     Attributes:
         removed: number of units that go, by group, none of blocks that go.
-        ranks: of the layers that are taken apart, by node.
+        forms: of the layers that are taken apart, by node.
         dropped: names of the blocks that go.
         assignment: what the solver said.
     """
 
     removed: Mapping[str, int]
-    ranks: Mapping[str, int]
+    forms: Mapping[str, LayerForm]
     dropped: tuple[str, ...]
     assignment: Assignment
 
@@ -83,41 +83,43 @@ class JointProblem:
 
     Attributes:
         candidates: groups that may lose units.
-        tables: what is lost.
+        forms: of the layers, and what is lost.
         costs: what nodes cost.
         blocks: that may go; no two share a node.
         low_rank: whether layers may be taken apart.
     """
 
     candidates: tuple[Candidate, ...]
-    tables: Tables
+    forms: LayerForms
     costs: NodeCosts
     blocks: tuple[Block, ...] = ()
     low_rank: bool = True
     _block_of: dict[str, str] = field(init=False, repr=False, default_factory=dict[str, str])
     _kept: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict[str, "tuple[int, ...]"])
-    _ranks: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict[str, "tuple[int, ...]"])
+    _forms: dict[str, tuple[LayerForm, ...]] = field(
+        init=False, repr=False, default_factory=dict[str, "tuple[LayerForm, ...]"]
+    )
     _layers: dict[str, Layer] = field(init=False, repr=False, default_factory=dict[str, Layer])
 
     def __post_init__(self) -> None:
         self._block_of.update({node: block.name for block in self.blocks for node in block.nodes})
-        self._layers.update({layer.name: layer for layer in self.tables.layers})
+        self._layers.update({layer.name: layer for layer in self.forms.layers})
         for candidate in self.candidates:
             self._kept[candidate.name] = _thinned([int(kept) for kept in candidate.choices[::-1]], MOST_WIDTHS)
-        for layer in self.tables.layers if self.low_rank else ():
-            ranks = [rank for rank in self.tables.ranks[layer.name] if self._saves(layer.name, rank)]
-            if ranks:
-                self._ranks[layer.name] = _thinned(ranks, MOST_RANKS)
+        for name, forms in self.forms.of.items() if self.low_rank else ():
+            saving = [form for form in forms if self._saves(name, form)]
+            if saving:
+                self._forms[name] = thinned(saving, MOST_RANKS)
 
-    def _saves(self, node: str, rank: int) -> bool:
-        """Whether a rank costs less than the whole layer."""
-        return node in self.costs.places and self.costs.at(node, {}, rank) < self.costs.at(node, {})
+    def _saves(self, node: str, form: LayerForm) -> bool:
+        """Whether a chain costs less than the whole layer."""
+        return node in self.costs.places and self.costs.at(node, {}, form) < self.costs.at(node, {})
 
     def within(self, budget: float) -> BudgetProblem:
         """The problem with a budget in the unit of the costs."""
         choices = [
             *(Choice(_width(name), tuple(map(str, kept))) for name, kept in self._kept.items()),
-            *(Choice(_form(node), ("dense", *map(str, ranks))) for node, ranks in self._ranks.items()),
+            *(Choice(_form(node), ("dense", *map(str, forms))) for node, forms in self._forms.items()),
             *(Choice(_block(block.name), ("keep", "drop")) for block in self.blocks),
         ]
         return BudgetProblem(tuple(choices), tuple(self._terms()), budget)
@@ -134,12 +136,12 @@ class JointProblem:
             for name, kept in self._kept.items()
             if options[_width(name)] and name not in inside
         }
-        ranks = {
-            node: ranks[options[_form(node)] - 1]
-            for node, ranks in self._ranks.items()
+        chains = {
+            node: forms[options[_form(node)] - 1]
+            for node, forms in self._forms.items()
             if options[_form(node)] and self._block_of.get(node) not in dropped
         }
-        return Taken(removed, ranks, dropped, assignment)
+        return Taken(removed, chains, dropped, assignment)
 
     def _around(self, group: str) -> list[str]:
         """Names of the nodes whose cost depends on a group."""
@@ -184,9 +186,9 @@ class JointProblem:
             yield choices, cost - whole, value - worth
 
     def _table(self, node: str, groups: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-        ranks = self._ranks.get(node, ())
+        forms = (None, *self._forms.get(node, ()))
         shape = tuple(len(self._kept[name]) for name in groups)
-        cost, value = np.zeros((*shape, 1 + len(ranks))), np.zeros((*shape, 1 + len(ranks)))
+        cost, value = np.zeros((*shape, len(forms))), np.zeros((*shape, len(forms)))
         layer = self._layers.get(node)
         units = {candidate.name: candidate.units for candidate in self.candidates}
         for place, kept in zip(
@@ -194,11 +196,11 @@ class JointProblem:
         ):
             removed = {name: units[name] - count for name, count in zip(groups, kept, strict=True)}
             if node in self.costs.places:
-                cost[place] = [self.costs.at(node, removed, rank) for rank in (None, *ranks)]
+                cost[place] = [self.costs.at(node, removed, form) for form in forms]
             if layer is not None:
-                value[place] = [-self.tables.of(layer, removed, rank) for rank in (None, *ranks)]
+                value[place] = [-self.forms.loss(layer, removed, form) for form in forms]
         names = tuple(map(_width, groups))
-        return ((*names, _form(node)), cost, value) if ranks else (names, cost[..., 0], value[..., 0])
+        return ((*names, _form(node)), cost, value) if len(forms) > 1 else (names, cost[..., 0], value[..., 0])
 
 
 def _thinned(values: Sequence[int], most: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ surrounds a node is in its figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,23 +20,23 @@ from graphopt.ir.channels import Selection
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import Feeds
 from graphopt.latency.kernels import KernelProfile, profile_kernels
-from graphopt.search.collaborative_layers import Layer, macs
 from graphopt.search.contract import Candidate
 from graphopt.search.costs import CostModel
+from graphopt.search.layer_forms import LayerForm, LayerForms
 from graphopt.search.rounding import BLOCK
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the units that variants keep."""
 MIXED = 6
 """Variants in which each group keeps a share of its own, drawn at random, beside those where all keep the same."""
-_RANK_LEVELS = (0.0, 0.33, 0.67, 1.0)
+_RANK_LEVELS = (0.0, 0.5, 1.0)
 """Where in the list of its ranks each layer is measured."""
 _AT_ONCE = 3
 """Variants that are measured in turns with the whole model, which bounds how many sessions are open."""
 
 
-Build = Callable[[Mapping[str, int], Mapping[str, int]], "ir.Model | None"]
-"""Units gone by group and ranks by node to the variant of the model; None where there is no such variant."""
+Build = Callable[[Mapping[str, int], Mapping[str, LayerForm]], "ir.Model | None"]
+"""Units gone by group and chains by node to the variant of the model; None where there is no such variant."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Variant:
 
     Attributes:
         removed: units that are gone, by name of the group.
-        ranks: of the layers that are taken apart, by name of the node; the chain's nodes begin with that name and "/".
+        forms: of the layers that are taken apart, by name of the node; the chain's nodes begin with that name and "/".
     """
 
     removed: Mapping[str, int] = field(default_factory=dict[str, int])
-    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    forms: Mapping[str, LayerForm] = field(default_factory=dict[str, LayerForm])
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,26 @@ class LatencyModel:
     """
 
     def __init__(
-        self, costs: CostModel, layers: Iterable[Layer], measured: Sequence[Measured], notes: Sequence[str] = ()
+        self,
+        costs: CostModel,
+        measured: Sequence[Measured],
+        forms: LayerForms | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Fit the nodes.
 
         Args:
             costs: of the model.
-            layers: those that may be taken apart.
             measured: variants, at least one; the first is the whole model.
+            forms: of the layers, where some were measured taken apart.
             notes: of the measurements.
         """
         self.costs, self.notes = costs, tuple(notes)
         self.places: dict[str, tuple[str, ...]] = {}
-        self._layers = {layer.name: layer for layer in layers}
+        self._forms = forms
         self._nodes: dict[str, ir.Node] = {}
         self._dense: dict[str, np.ndarray] = {}
-        self._chains: dict[str, np.ndarray] = {}
+        self._chains: dict[tuple[str, str], np.ndarray] = {}
         self._known: dict[tuple[object, ...], float] = {}
         self._scale = 1.0
         for node in costs.groups.analysis.model.graph:
@@ -108,19 +112,19 @@ class LatencyModel:
         self._scale, self.fixed = _line(sums, np.array([one.total for one in measured]))
         self._known.clear()
 
-    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
+    def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
         """Microseconds of a node in a run of the whole, 0 where it is fused into another; see `NodeCosts`.
 
-        A rank that was not measured costs what the dense layer does, and never pays.
+        A form that was not measured costs what the dense layer does, and never pays.
         """
         if node not in self.places:
             return 0.0
-        key = (node, rank, *(removed.get(name, 0) for name in self.places[node]))
+        key = (node, form, *(removed.get(name, 0) for name in self.places[node]))
         if key not in self._known:
-            if rank is None or node not in self._chains:
+            if form is None or (node, form.form) not in self._chains:
                 time = self._dense[node] @ self._features(self._nodes[node], removed)
             else:
-                time = self._chains[node] @ self._chain_features(self._layers[node], removed, rank)
+                time = self._chains[node, form.form] @ self._chain_features(node, removed, form)
             self._known[key] = self._scale * float(time)
         return self._known[key]
 
@@ -128,19 +132,19 @@ class LatencyModel:
         """Microseconds of a run.
 
         Args:
-            variant: units that are gone, and ranks.
+            variant: units that are gone, and chains.
             without: names of nodes that are gone altogether.
         """
         return self._sum(variant, without) + self.fixed
 
     def _sum(self, variant: Variant, without: Container[str] = ()) -> float:
         return sum(
-            self.at(node, variant.removed, variant.ranks.get(node)) for node in self.places if node not in without
+            self.at(node, variant.removed, variant.forms.get(node)) for node in self.places if node not in without
         )
 
     def _fit(self, node: ir.Node, measured: Sequence[Measured]) -> None:
         name = node.name or ""
-        dense = [one for one in measured if name not in one.variant.ranks]
+        dense = [one for one in measured if name not in one.variant.forms]
         times = np.array([one.nodes.get(name, 0.0) for one in dense])
         if not times.any():
             return
@@ -148,12 +152,14 @@ class LatencyModel:
         self._nodes[name], self.places[name] = node, groups
         features = np.array([self._features(node, one.variant.removed) for one in dense])
         self._dense[name] = _fitted(features if groups else features[:, :1], times, features.shape[1])
-        chains = [one for one in measured if name in one.variant.ranks and one.chain(name) > 0]
-        if chains and name in self._layers:
-            layer = self._layers[name]
-            pairs = [(one.variant.removed, one.variant.ranks[name]) for one in chains]
-            features = np.array([self._chain_features(layer, removed, rank) for removed, rank in pairs])
-            self._chains[name] = _fitted(features, np.array([one.chain(name) for one in chains]), features.shape[1])
+        chains = [one for one in measured if name in one.variant.forms and one.chain(name) > 0]
+        for kind in dict.fromkeys(one.variant.forms[name].form for one in chains):
+            own = [one for one in chains if one.variant.forms[name].form == kind]
+            features = np.array(
+                [self._chain_features(name, one.variant.removed, one.variant.forms[name]) for one in own]
+            )
+            times = np.array([one.chain(name) for one in own])
+            self._chains[name, kind] = _fitted(features, times, features.shape[1])
 
     def _features(self, node: ir.Node, removed: Mapping[str, int]) -> np.ndarray:
         """What the time of a node is made of: 1; MACs, and elements read and written, both of whole blocks of channels
@@ -165,12 +171,10 @@ class LatencyModel:
             found += [float(self.costs.macs_without(node, removed, block)), float(elements)]
         return np.array(found)
 
-    def _chain_features(self, layer: Layer, removed: Mapping[str, int], rank: int) -> np.ndarray:
+    def _chain_features(self, node: str, removed: Mapping[str, int], form: LayerForm) -> np.ndarray:
         """1, and MACs of whole blocks."""
-        inputs, outputs, inner = (
-            -(-size // BLOCK) * BLOCK for size in (layer.kept_inputs(removed), layer.kept_outputs(removed), rank)
-        )
-        return np.array([1.0, macs(layer, inputs, outputs, inner)])
+        assert self._forms is not None
+        return np.array([1.0, self._forms.macs(node, removed, form, BLOCK)])
 
 
 def _fitted(features: np.ndarray, times: np.ndarray, width: int) -> np.ndarray:
@@ -215,8 +219,7 @@ def measure_latency(
     candidates: Sequence[Candidate],
     feeds: Feeds,
     *,
-    layers: Sequence[Layer] = (),
-    ranks: Mapping[str, Sequence[int]] | None = None,
+    forms: LayerForms | None = None,
     build: Build | None = None,
     target: str = "cpu",
     threads: int = 1,
@@ -230,8 +233,7 @@ def measure_latency(
         costs: of the model.
         candidates: the groups that may be cut.
         feeds: one set of inputs.
-        layers: those that may be taken apart.
-        ranks: that they may have, by name of the node, ascending; `build` is needed then.
+        forms: that layers may have; `build` is needed then.
         build: makes a variant; cuts channels alone where not given.
         target: "cpu", "cuda" or "openvino".
         threads: intra-op threads, 0 for onnxruntime's default.
@@ -244,14 +246,15 @@ def measure_latency(
     """
     model = costs.groups.analysis.model
     make = build or _Cut(costs, candidates)
-    wanted = [Variant(removed) for removed in variants(candidates, seed)[1:]] + _at_ranks(ranks or {})
+    wanted = [Variant(removed) for removed in variants(candidates, seed)[1:]]
+    wanted += _taken_apart(forms) if forms is not None else []
     measured: list[Measured] = []
     notes: dict[str, None] = {}
     chunks = [wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE)] or [[]]
     for number, chunk in enumerate(chunks):
         if progress is not None:
             progress(number, len(chunks), "measure the latency at several widths")
-        made = [(one, graph) for one in chunk if (graph := make(one.removed, one.ranks)) is not None]
+        made = [(one, graph) for one in chunk if (graph := make(one.removed, one.forms)) is not None]
         profiles = profile_kernels(
             model,
             feeds,
@@ -266,17 +269,19 @@ def measure_latency(
             measured.append(_measured(Variant(), profiles[0], 1.0))
         pairs = zip(made, profiles[1:], strict=True)
         measured += [_measured(one, profile, drift) for (one, _), profile in pairs]
-    return LatencyModel(costs, layers, measured, tuple(notes))
+    return LatencyModel(costs, measured, forms, tuple(notes))
 
 
-def _at_ranks(ranks: Mapping[str, Sequence[int]]) -> list[Variant]:
-    """All layers taken apart, at a few of their ranks."""
-    found: dict[tuple[int, ...], Variant] = {}
-    for level in _RANK_LEVELS:
-        chosen = {node: several[round(level * (len(several) - 1))] for node, several in ranks.items() if several}
-        if chosen:
-            found.setdefault(tuple(chosen.values()), Variant({}, chosen))
-    return list(found.values())
+def _taken_apart(forms: LayerForms) -> list[Variant]:
+    """All layers that have a form, at a few of its ranks; one form after the other."""
+    found: list[Variant] = []
+    for kind in dict.fromkeys(form.form for several in forms.of.values() for form in several):
+        own = {node: [form for form in several if form.form == kind] for node, several in forms.of.items()}
+        for level in _RANK_LEVELS:
+            chosen = {node: several[round(level * (len(several) - 1))] for node, several in own.items() if several}
+            if Variant({}, chosen) not in found:
+                found.append(Variant({}, chosen))
+    return found
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ class _Cut:
     costs: CostModel
     candidates: Sequence[Candidate]
 
-    def __call__(self, removed: Mapping[str, int], ranks: Mapping[str, int]) -> ir.Model | None:
+    def __call__(self, removed: Mapping[str, int], forms: Mapping[str, LayerForm]) -> ir.Model | None:
         selection: Selection = {
             candidate.name: candidate.lowest(removed[candidate.name])
             for candidate in self.candidates

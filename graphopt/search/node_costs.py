@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from graphopt.ir.cost import storage_bytes
-from graphopt.search.collaborative_layers import Costing, Layer, macs
+from graphopt.search.collaborative_layers import Costing, Layer
 from graphopt.search.costs import CostModel
 from graphopt.search.joint import NodeCosts
+from graphopt.search.layer_forms import LayerForm, LayerForms, low_rank_form
 
 COUNTED = ("macs", "params", "bytes")
 
@@ -26,16 +27,16 @@ class CountedCosts:
         fixed: see `NodeCosts`.
     """
 
-    def __init__(self, costs: CostModel, kind: str, layers: Iterable[Layer]) -> None:
+    def __init__(self, costs: CostModel, kind: str, forms: LayerForms) -> None:
         """Prepare the counts.
 
         Args:
             costs: of the model.
             kind: one of `COUNTED`.
-            layers: the layers that may be taken apart.
+            forms: of the layers.
         """
-        self._costs, self._kind = costs, kind
-        self._layers = {layer.name: layer for layer in layers}
+        self._costs, self._kind, self._forms = costs, kind, forms
+        self._layers = {layer.name: layer for layer in forms.layers}
         self._nodes: dict[str, ir.Node] = {}
         self._weights: dict[str, tuple[int, ...]] = {}
         """Indices of the inputs of a node that are weights and that no node before it reads."""
@@ -52,20 +53,20 @@ class CountedCosts:
                 self.places[name] = costs.groups_around(node)
         self.fixed = costs.whole.get(kind) - sum(self.at(name, {}) for name in self.places)
 
-    def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
+    def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
         """See `NodeCosts`."""
         around = self.places.get(node, ())
-        key = (node, rank, *(removed.get(name, 0) for name in around))
+        key = (node, form, *(removed.get(name, 0) for name in around))
         if key not in self._known:
-            self._known[key] = self._counted(node, removed, rank)
+            self._known[key] = self._counted(node, removed, form)
         return self._known[key]
 
-    def _counted(self, node: str, removed: Mapping[str, int], rank: int | None) -> float:
-        if rank is None and self._kind == "macs":
-            return float(self._costs.macs_without(self._nodes[node], removed))
-        if rank is not None and self._kind == "macs":
-            layer = self._layers[node]
-            return macs(layer, layer.kept_inputs(removed), layer.kept_outputs(removed), rank)
+    def _counted(self, node: str, removed: Mapping[str, int], form: LayerForm | None) -> float:
+        if self._kind == "macs":
+            dense = form is None
+            return float(
+                self._costs.macs_without(self._nodes[node], removed) if dense else self._forms.macs(node, removed, form)
+            )
         operator = self._nodes[node]
         inputs, _ = self._costs.shapes(operator, removed)
         total = 0.0
@@ -75,8 +76,8 @@ class CountedCosts:
                 continue
             elements = math.prod(shape)
             layer = self._layers.get(node)
-            if rank is not None and layer is not None and index == layer.rows.linear.weight_index:
-                elements = rank * (layer.kept_inputs(removed) * layer.taps + layer.kept_outputs(removed))
+            if form is not None and layer is not None and index == layer.rows.linear.weight_index:
+                elements = self._forms.parameters(node, removed, form)
             total += elements if self._kind == "params" else storage_bytes(elements, value.dtype)
         return total
 
@@ -100,11 +101,13 @@ class NodeCosting(Costing):
     def layer(self, layer: Layer, removed: Mapping[str, int], rank: int | None = None) -> float:
         """See `Costing`."""
         dense = self._costs.at(layer.name, removed)
-        return dense if rank is None else min(dense, self._costs.at(layer.name, removed, rank))
+        if rank is None:
+            return dense
+        return min(dense, self._costs.at(layer.name, removed, LayerForm(low_rank_form(layer), rank)))
 
     def saves(self, layer: Layer, removed: Mapping[str, int], rank: int) -> bool:
         """See `Costing`."""
-        return self._costs.at(layer.name, removed, rank) < self._costs.at(layer.name, removed)
+        return self.layer(layer, removed, rank) < self._costs.at(layer.name, removed)
 
     def others(self, removed: Mapping[str, int]) -> float:
         """See `Costing`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,8 @@ from graphopt.ir.cost import cost
 from graphopt.ir.regions import drop_regions, regions
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import open_session
+from graphopt.passes.decompose import Decompose
+from graphopt.passes.decompose_plan import DecomposePlan
 from graphopt.search import Candidate, CostModel, Costs
 from graphopt.search.block_losses import block_losses
 from graphopt.search.budget import Assignment, evaluate
@@ -23,6 +25,7 @@ from graphopt.search.collaborative import Collaborative, Collaborator
 from graphopt.search.joint import Block, JointProblem
 from graphopt.search.knapsack import solve_knapsack
 from graphopt.search.latency_model import LatencyModel, Measured, Variant, variants
+from graphopt.search.layer_forms import LayerForm, LayerForms
 from graphopt.search.milp import solve_milp
 from graphopt.search.node_costs import COUNTED, CountedCosts, NodeCosting
 from tests.search.pruning_nets import weighted
@@ -65,8 +68,9 @@ class Setting:
             Block(one.name, frozenset((*one.nodes, joins[one.replaced] or "")), self.losses[one.name])
             for one in self.regions
         )
-        self.node_costs = CountedCosts(self.costs, kind, self.tables.layers)
-        self.problem = JointProblem(self.candidates, self.tables, self.node_costs, blocks)
+        self.forms = LayerForms(self.tables, self.collaborator.states, self.costs, 4)
+        self.node_costs = CountedCosts(self.costs, kind, self.forms)
+        self.problem = JointProblem(self.candidates, self.forms, self.node_costs, blocks)
 
     @property
     def whole(self) -> float:
@@ -121,7 +125,7 @@ def test_the_exact_solver_is_as_good_as_trying_everything(setting: Setting) -> N
 
 def test_nothing_goes_where_the_budget_is_the_whole(setting: Setting) -> None:
     taken = setting.problem.taken(solve_milp(setting.problem.within(setting.whole)))
-    assert (taken.removed, taken.ranks, taken.dropped) == ({}, {}, ())
+    assert (taken.removed, taken.forms, taken.dropped) == ({}, {}, ())
 
 
 def test_block_losses_are_shares_of_variance(setting: Setting) -> None:
@@ -137,7 +141,7 @@ def test_block_losses_are_shares_of_variance(setting: Setting) -> None:
     assert list(setting.losses.values()) == pytest.approx([b / s, d / t], rel=1e-4)
 
 
-def test_a_dropped_block_takes_its_widths_and_ranks_along(setting: Setting) -> None:
+def test_a_dropped_block_takes_its_widths_and_chains_along(setting: Setting) -> None:
     problem = setting.problem.within(1e12)
     options = {choice.name: len(choice.options) - 1 for choice in problem.choices}
     value, counted = evaluate(problem, options)
@@ -146,7 +150,7 @@ def test_a_dropped_block_takes_its_widths_and_ranks_along(setting: Setting) -> N
     )
     inside = {node for block in setting.problem.blocks for node in block.nodes}
     assert taken.removed == {}
-    assert set(taken.ranks).isdisjoint(inside)
+    assert set(taken.forms).isdisjoint(inside)
     assert len(taken.dropped) == 2
 
 
@@ -158,8 +162,8 @@ def test_other_costs_drive_the_collaborative_search(setting: Setting) -> None:
         places: Mapping[str, tuple[str, ...]] = {first: setting.node_costs.places[first]}
         fixed = 0.0
 
-        def at(self, node: str, removed: Mapping[str, int], rank: int | None = None) -> float:
-            return setting.node_costs.at(node, removed, rank) if node == first else 0.0
+        def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
+            return setting.node_costs.at(node, removed, form) if node == first else 0.0
 
     before = setting.collaborator.costing
     setting.collaborator.costing = NodeCosting(setting.tables.layers, setting.costs, OnlyFirst())
@@ -174,16 +178,15 @@ def test_other_costs_drive_the_collaborative_search(setting: Setting) -> None:
 # Latency ----------------------------------------------------------------------------------------------------
 
 
-def _measured(setting: Setting, rank: int | None = None, slope: float = 2e-3) -> list[Measured]:
+def _measured(setting: Setting, chains: Sequence[LayerForm] = (), slope: float = 2e-3) -> list[Measured]:
     """As if every MAC took `slope` microseconds, every layer 5 more, and the whole 10 % and 7 more than its nodes."""
     wanted = [Variant(one) for one in variants(setting.candidates)]
-    if rank is not None:
-        wanted += [Variant({}, dict.fromkeys([setting.tables.layers[0].name], one)) for one in (rank, 2 * rank)]
+    wanted += [Variant({}, {setting.tables.layers[0].name: chain}) for chain in chains]
     found: list[Measured] = []
     for variant in wanted:
         nodes = {
-            name if name not in variant.ranks else f"{name}/factor_0": 5
-            + slope * setting.node_costs.at(name, variant.removed, variant.ranks.get(name))
+            name if name not in variant.forms else f"{name}/factor_0": 5
+            + slope * setting.node_costs.at(name, variant.removed, variant.forms.get(name))
             for name in setting.node_costs.places
         }
         found.append(Measured(variant, nodes, 1.1 * sum(nodes.values()) + 7))
@@ -192,7 +195,7 @@ def _measured(setting: Setting, rank: int | None = None, slope: float = 2e-3) ->
 
 def test_latency_is_fitted_node_by_node(setting: Setting) -> None:
     """The widths are multiples of 8 in blocks of 16: what the blocks cost cannot be told from what the units cost."""
-    latency = LatencyModel(setting.costs, setting.tables.layers, _measured(setting))
+    latency = LatencyModel(setting.costs, _measured(setting))
     for removed in variants(setting.candidates, seed=5):
         expected = sum(5 + 2e-3 * setting.node_costs.at(name, removed) for name in setting.node_costs.places)
         assert latency.estimate(Variant(removed)) == pytest.approx(1.1 * expected + 7, rel=2e-3)
@@ -202,12 +205,34 @@ def test_latency_is_fitted_node_by_node(setting: Setting) -> None:
     assert latency.fixed + sum(latency.at(node, {}) for node in latency.places) == pytest.approx(whole)
 
 
-def test_ranks_cost_what_their_chains_were_measured_to_take(setting: Setting) -> None:
+@pytest.mark.parametrize("kind", ["channel-svd", "spatial-svd"])
+def test_chains_cost_what_they_were_measured_to_take(setting: Setting, kind: str) -> None:
     first = setting.tables.layers[0].name
-    latency = LatencyModel(setting.costs, setting.tables.layers, _measured(setting, rank=16))
-    without = LatencyModel(setting.costs, setting.tables.layers, _measured(setting))
-    assert latency.at(first, {}, 16) < latency.at(first, {}, 32)
-    assert without.at(first, {}, 16) == without.at(first, {}), "a rank that nobody measured is no cheaper"
+    more, less = [form for form in setting.forms.of[first] if form.form == kind][:2]
+    latency = LatencyModel(setting.costs, _measured(setting, (more, less)), setting.forms)
+    without = LatencyModel(setting.costs, _measured(setting))
+    assert latency.at(first, {}, less) <= latency.at(first, {}, more)
+    assert without.at(first, {}, less) == without.at(first, {}), "a form that nobody measured is no cheaper"
+
+
+@pytest.mark.parametrize("kind", ["channel-svd", "spatial-svd"])
+def test_a_form_costs_what_the_pass_that_writes_it_leaves(setting: Setting, kind: str) -> None:
+    for node, forms in setting.forms.of.items():
+        for form in [one for one in forms if one.form == kind][:2]:
+            graph = setting.model.clone()
+            plan = DecomposePlan.by_hand(graph, {node: (form.form, form.rank)}, compensation=False)
+            Decompose(source="none").apply(graph, plan)
+            saved = setting.costs.whole.macs - Costs.of(cost(graph)).macs
+            assert setting.node_costs.at(node, {}) - setting.node_costs.at(node, {}, form) == saved
+
+
+def test_the_spatial_loss_falls_with_the_rank_and_is_none_at_full_rank(setting: Setting) -> None:
+    layer = setting.tables.layers[0]
+    forms = [form for form in setting.forms.of[layer.name] if form.form == "spatial-svd"]
+    losses = [setting.forms.loss(layer, {}, form) for form in forms]
+    assert losses == sorted(losses)
+    assert losses[0] > 0
+    assert setting.forms.full_rank(layer.name, "spatial-svd") == min(8 * 3, 24 * 3)
 
 
 def test_every_variant_is_of_widths_that_may_be_and_the_whole_comes_first(setting: Setting) -> None:
