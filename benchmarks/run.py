@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                    # hours, most of them for datafree; writes benchmarks/results
     python -m benchmarks.run --quick            # functional, some minutes; figures are not worth quoting
-    python -m benchmarks.run --all              # and the studies behind single passes (forms, split_parallel)
+    python -m benchmarks.run --all              # and the studies behind single passes (forms, split_parallel, solve)
 
 Exit code: 1 where a goal was missed, 2 where a benchmark failed.
 """
@@ -22,10 +22,10 @@ from benchmarks.models import DATA
 from benchmarks.results import FOLDER, PARTIAL_FOLDER, show_goals, stopwatch
 
 BENCHMARKS = (
-    *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift", "weights"),
-    *(("accuracy", "training", "datafree") if DATA.exists() else ()),
+    *("cost", "exact", "old_file", "int8", "channels", "channels_scale", "lift", "weights", "latency"),
+    *(("accuracy", "training", "datafree", "decomposition", "budgets") if DATA.exists() else ()),
 )
-STUDIES = ("forms", "split_parallel")
+STUDIES = ("forms", "split_parallel", "solve")
 _ROOT = Path(__file__).resolve().parents[1]
 
 

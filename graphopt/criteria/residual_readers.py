@@ -96,10 +96,10 @@ def group_losses(
     losses = {group.name: Losses((), np.zeros(group.units)) for group in groups}
     pieces = Pieces(knowledge.model, feeds, threads=knowledge.threads)
     pieces.hold(patches.data for patches in found)
-    for number, patches in enumerate(found):
+    for patches in found:
         survey = _Survey(patches, pieces, ridge, columns, knowledge.seed)
-        later = {other.data for other in found[number + 1 :]}
-        pieces.release({patches.data, *(operator.end for operator in patches.operators)} - later)
+        # held once from the beginning and once by computing
+        pieces.release([patches.data, patches.data, *(operator.end for operator in patches.operators)])
         for group, owned in patches.groups:
             losses[group.name] = survey.add_to(losses[group.name], owned)
             open_sets[group.name] -= 1

@@ -60,7 +60,7 @@ def block_losses(
             whole.add(of_block)
         share = change.total / whole.total if whole.total > 0 else np.nan
         found[region.name] = float(share) if np.isfinite(share) else 1.0
-        pieces.release((made, left))
+        pieces.release((made, left) * 2)  # held once from the beginning and once by `compute`
     return found
 
 

@@ -19,9 +19,9 @@ from graphopt.passes.prune_channels import PruneChannels
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MEASURING = (
     *("accuracy", "channels", "channels_scale", "cost", "datafree", "exact", "int8", "lift", "old_file", "training"),
-    "weights",
+    *("weights", "latency", "decomposition", "budgets"),
 )
-WITH_DATA = {"accuracy", "datafree", "training"}
+WITH_DATA = {"accuracy", "datafree", "training", "decomposition", "budgets"}
 """Those that need ../shared/data, and are run only where it is."""
 RUNNABLE = sorted(file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
 COMMITTED = sorted((FOLDER / "results").glob("*.json"))

@@ -219,6 +219,22 @@ def test_the_command_line_has_budgets(tmp_path: Path, capsys: pytest.CaptureFixt
     assert left(graphopt.load(path), graphopt.load(tmp_path / "out.onnx")) <= 0.5
 
 
+def test_a_plan_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from graphopt.cli import main
+
+    path = graphopt.save(mlp([8, 64, 64, 4]), tmp_path / "net.onnx")
+    command = ["plan", str(path), "--plot", str(tmp_path / "plan.svg"), "--recipe"]
+    options = ["meet-budget.macs=0.5", "meet-budget.source=probes", "meet-budget.samples=16"]
+    for recipe, settings, code in (("latency", options, 0), ("prune", [], 2)):
+        with pytest.raises(SystemExit) as done:
+            main([*command, recipe, *(part for one in settings for part in ("--set", one))])
+        assert done.value.code == code
+    shown = capsys.readouterr()
+    assert "macs to 0.5: predicted" in shown.out
+    assert "this plan has no picture" in shown.err
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+
+
 def test_docstring_example_is_true() -> None:
     before, after = docstring_blocks(MeetBudget)
     model = parse(before)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graphopt.criteria import Knowledge
+from graphopt.criteria.residual import Residual
 from graphopt.ir.channels import ChannelGroups, channel_groups
 from graphopt.ir.cost import cost
+from graphopt.ir.pieces import Pieces
 from graphopt.ir.regions import drop_regions, regions
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import open_session
@@ -242,3 +245,23 @@ def test_every_variant_is_of_widths_that_may_be_and_the_whole_comes_first(settin
     for one in found:
         for candidate in setting.candidates:
             assert candidate.units - one[candidate.name] in candidate.choices
+
+
+def test_nothing_is_held_once_losses_are_known(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of a large network fill the memory, were they kept beyond their last use."""
+    made: list[Pieces] = []
+
+    class Watched(Pieces):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    rooms = ("criteria.residual_readers", "search.block_losses", "search.collaborative_surrogates")
+    for room in rooms:
+        monkeypatch.setattr(f"graphopt.{room}.Pieces", Watched)
+    knowledge = Knowledge(setting.model, setting.groups, setting.feeds)
+    Residual().scores(knowledge, [candidate.group for candidate in setting.candidates])
+    block_losses(setting.model, setting.regions, setting.feeds)
+    Collaborator(knowledge, setting.candidates, setting.costs)
+    assert len(made) == len(rooms)
+    assert all(not pieces._held for pieces in made)
