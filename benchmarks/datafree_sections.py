@@ -16,9 +16,7 @@ from benchmarks.datafree_setting import (
     FOLDED_FORMS,
     FORMS,
     FREE,
-    PICTURES,
     PRUNE_ONLY,
-    WITH_IMAGES,
     Net,
     Setting,
     exact_passes,
@@ -47,7 +45,6 @@ BASELINE = "uniform, l2"
 STRATEGIES: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
     (BASELINE, "l2", "uniform", {}),
     ("global, residual", "residual", "global", {"normalise": "none", "gain": "mac"}),
-    ("sensitivity of residuals", "residual", "sensitivity", {"objective": "residual"}),
 )
 """Name, criterion, allocation and its options."""
 RECOVERED_RATIO = 0.5
@@ -193,35 +190,21 @@ class Remembered(Criterion):
 
 
 def allocations(setting: Setting) -> Iterator[Row]:
-    """Accuracy against multiply-accumulates: what goes where, without data and with images; without refits."""
+    """Accuracy against multiply-accumulates: what goes where, without data and without second solves."""
     for net in setting.nets:
         yield net.float_row("allocation")
         whole = sizes(net.model)["macs"]
-        for variant in (BEST_FREE,) if setting.quick else (BEST_FREE, WITH_IMAGES):
-            assert variant.rebuild is not None
-            once = replace(variant, rebuild=replace(variant.rebuild, refits=0))  # a tenth of the time
-            for name, ranking, how in strategies():
-                for share in (0.7,) if setting.quick else MACS:
-                    progress(f"{net.name}, {share:.0%} of the MACs, {variant.name}: {name}")
-                    pruner = PruneChannels(
-                        macs=share,
-                        criterion=ranking,
-                        allocation=how,
-                        round_to=1,
-                        source="probes" if setting.quick else "auto",
-                    )
-                    plan = pruner.plan(net.model, net.context(variant.supply))
-                    damaged = net.cut(plan)
-                    row, counted = net.row(damaged, once), sizes(damaged)
-                    yield {
-                        "section": "allocation",
-                        "variant": name,
-                        "inputs": PICTURES if variant is WITH_IMAGES else FREE,
-                        "target": share,
-                        "macs_share": counted["macs"] / whole,
-                        **row,
-                        **counted,
-                    }
+        assert BEST_FREE.rebuild is not None
+        once = replace(BEST_FREE, rebuild=replace(BEST_FREE.rebuild, refits=0))  # a tenth of the time
+        for name, ranking, how in strategies():
+            for share in (0.7,) if setting.quick else MACS:
+                progress(f"{net.name}, {share:.0%} of the MACs: {name}")
+                source = "probes" if setting.quick else "auto"
+                pruner = PruneChannels(macs=share, criterion=ranking, allocation=how, round_to=1, source=source)
+                damaged = net.cut(pruner.plan(net.model, net.context(FREE)))
+                row, counted = net.row(damaged, once), sizes(damaged)
+                shared: Row = {"section": "allocation", "variant": name, "inputs": FREE, "target": share}
+                yield {**shared, "macs_share": counted["macs"] / whole, **row, **counted}
 
 
 def strategies() -> Iterator[tuple[str, Criterion, Allocation]]:
