@@ -7,18 +7,24 @@ surrounds a node is in its figures.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 from scipy.optimize import nnls
 
 from graphopt.errors import SelectionError
+from graphopt.inputs.machine import device
+from graphopt.inputs.measurements import Measurements
 from graphopt.ir.channels import Selection
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import Feeds
+from graphopt.ir.text import print_graph
 from graphopt.latency.kernels import KernelProfile, profile_kernels
 from graphopt.search.contract import Candidate
 from graphopt.search.costs import CostModel
@@ -51,6 +57,16 @@ class Variant:
     removed: Mapping[str, int] = field(default_factory=dict[str, int])
     forms: Mapping[str, LayerForm] = field(default_factory=dict[str, LayerForm])
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` takes."""
+        forms = {node: [form.form, form.rank] for node, form in self.forms.items()}
+        return {"removed": dict(self.removed), "forms": forms}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Variant:
+        """What `to_json` wrote."""
+        return cls(data["removed"], {node: LayerForm(form, rank) for node, (form, rank) in data["forms"].items()})
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -65,6 +81,15 @@ class Measured:
     variant: Variant
     nodes: Mapping[str, float]
     total: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` takes."""
+        return {"variant": self.variant.to_json(), "nodes": dict(self.nodes), "total": self.total}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measured:
+        """What `to_json` wrote."""
+        return cls(Variant.from_json(data["variant"]), data["nodes"], data["total"])
 
     def chain(self, node: str) -> float:
         """Microseconds of a layer that is taken apart."""
@@ -229,6 +254,9 @@ def measure_latency(
 ) -> LatencyModel:
     """Measure variants of a model, node by node, and fit its latency to them.
 
+    What was measured undisturbed is kept on disk, by the structure of the graph and the machine: the next call measures
+    nothing.
+
     Args:
         costs: of the model.
         candidates: the groups that may be cut.
@@ -244,10 +272,39 @@ def measure_latency(
     Raises:
         DataError, InvalidGraphError, GraphoptError: as `graphopt.latency.kernels.profile_kernels`.
     """
-    model = costs.groups.analysis.model
-    make = build or _Cut(costs, candidates)
     wanted = [Variant(removed) for removed in variants(candidates, seed)[1:]]
     wanted += _taken_apart(forms) if forms is not None else []
+    store, key = Measurements(), _key(costs.groups.analysis.model, wanted, feeds, target, threads)
+    known = store.read(key)
+    if known is not None:
+        return LatencyModel(costs, [Measured.from_json(one) for one in known], forms)
+    measured, notes = _in_turns(
+        costs, wanted, build or _Cut(costs, candidates), feeds, target, threads, seconds, progress
+    )
+    if not notes:  # what was disturbed is not kept
+        store.write(key, "latency", [one.to_json() for one in measured])
+    return LatencyModel(costs, measured, forms, (*notes, *store.notes))
+
+
+def _key(model: ir.Model, wanted: Sequence[Variant], feeds: Feeds, target: str, threads: int) -> str:
+    """All that the measurement depends on; weights do not count."""
+    shapes = sorted((name, array.dtype.name, array.shape) for name, array in feeds.items())
+    parts = (print_graph(model), [one.to_json() for one in wanted], shapes, target, threads, device(target))
+    return hashlib.sha256("\n".join(map(repr, (*parts, onnxruntime.__version__))).encode()).hexdigest()
+
+
+def _in_turns(
+    costs: CostModel,
+    wanted: Sequence[Variant],
+    make: Build,
+    feeds: Feeds,
+    target: str,
+    threads: int,
+    seconds: float,
+    progress: Callable[[int, int, str], None] | None,
+) -> tuple[list[Measured], tuple[str, ...]]:
+    """The whole model and the variants that can be made, and what to know about the measurement."""
+    model = costs.groups.analysis.model
     measured: list[Measured] = []
     notes: dict[str, None] = {}
     chunks = [wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE)] or [[]]
@@ -269,7 +326,7 @@ def measure_latency(
             measured.append(_measured(Variant(), profiles[0], 1.0))
         pairs = zip(made, profiles[1:], strict=True)
         measured += [_measured(one, profile, drift) for (one, _), profile in pairs]
-    return LatencyModel(costs, measured, forms, tuple(notes))
+    return measured, tuple(notes)
 
 
 def _taken_apart(forms: LayerForms) -> list[Variant]:

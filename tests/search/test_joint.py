@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from graphopt.search.budget import Assignment, evaluate
 from graphopt.search.collaborative import Collaborative, Collaborator
 from graphopt.search.joint import Block, JointProblem
 from graphopt.search.knapsack import solve_knapsack
-from graphopt.search.latency_model import LatencyModel, Measured, Variant, variants
+from graphopt.search.latency_model import LatencyModel, Measured, Variant, measure_latency, variants
 from graphopt.search.layer_forms import LayerForm, LayerForms
 from graphopt.search.milp import solve_milp
 from graphopt.search.node_costs import COUNTED, CountedCosts, NodeCosting
@@ -236,6 +237,29 @@ def test_the_spatial_loss_falls_with_the_rank_and_is_none_at_full_rank(setting: 
     assert losses == sorted(losses)
     assert losses[0] > 0
     assert setting.forms.full_rank(layer.name, "spatial-svd") == min(8 * 3, 24 * 3)
+
+
+def test_what_was_measured_is_kept_for_this_machine(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def profiled(model: ir.Model, feeds: Any, *, against: Sequence[ir.Model], **options: Any) -> list[Any]:
+        calls.append(len(against))
+        nodes = dict.fromkeys(setting.node_costs.places, 5.0)
+        return [
+            SimpleNamespace(by_node=lambda: nodes, latency=SimpleNamespace(median=0.05), notes=())
+            for _ in (model, *against)
+        ]
+
+    monkeypatch.setattr("graphopt.search.latency_model.profile_kernels", profiled)
+    first = measure_latency(setting.costs, setting.candidates, setting.feeds[0])
+    assert calls
+    count = len(calls)
+    again = measure_latency(setting.costs, setting.candidates, setting.feeds[0])
+    assert len(calls) == count
+    assert again.estimate(Variant()) == first.estimate(Variant())
+    monkeypatch.setattr("graphopt.search.latency_model.device", lambda target: "another machine")
+    measure_latency(setting.costs, setting.candidates, setting.feeds[0])
+    assert len(calls) == 2 * count
 
 
 def test_every_variant_is_of_widths_that_may_be_and_the_whole_comes_first(setting: Setting) -> None:
