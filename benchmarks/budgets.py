@@ -4,7 +4,7 @@
     python -m benchmarks.budgets resnet20
     python -m benchmarks.budgets --quick            # ResNet-20, one budget, functional
 
-Every way is given the same made-up inputs, the same latencies, measured inside of the whole graph, and the same
+Every way is given the same made-up inputs (dead leaves, no gradient), the same latencies, measured inside of the whole graph, and the same
 reconstruction behind (without second solves, which would take ten times as long). Residual streams stay whole, but
 where "uniform" and "global" do not reach the budget otherwise. What is left of the latency is measured in turns with
 the float network. Ways:
@@ -26,8 +26,10 @@ from typing import Any
 import onnx_ir as ir
 
 import graphopt
+from benchmarks.datafree_sections import Remembered
 from benchmarks.datafree_setting import Net, Setting, sizes, traced
 from benchmarks.results import Column, Goal, Options, Results, Row, progress, ratio, read_options, stopwatch
+from graphopt.criteria import criterion
 from graphopt.errors import TargetMissedError
 from graphopt.inputs.probes import probe_feeds, symbolic_sizes
 from graphopt.passes.budget_search import BLOCKS, CHANNELS, RANKS, BudgetSearch
@@ -41,7 +43,7 @@ from graphopt.search import allocation
 
 MODELS = ("resnet56", "resnet20")
 LATENCIES, QUICK_LATENCIES = (0.8, 0.7, 0.6, 0.5), (0.6,)
-SAMPLES = 512
+SAMPLES = 256
 LEAST_MACS, BISECTIONS = 0.2, 7
 """Where the share of the MACs is looked for that leaves a share of the latency."""
 JOINT = ("milp, blocks", "milp, all", "collaborative")
@@ -53,9 +55,13 @@ BUDGETED: dict[str, dict[str, Any]] = {
     "collaborative": {"solver": "collaborative", "choices": (CHANNELS, RANKS)},
     "sequence": {"solver": "sequence", "choices": (CHANNELS, RANKS)},
 }
+RESIDUAL = Remembered(criterion("residual"))
 RANKED: dict[str, dict[str, Any]] = {
     "uniform": {"criterion": "l2", "allocation": "uniform"},
-    "global": {"criterion": "residual", "allocation": allocation("global", normalise="none", gain="mac")},
+    "global": {
+        "criterion": Remembered(criterion("residual")),
+        "allocation": allocation("global", normalise="none", gain="mac"),
+    },
 }
 
 
@@ -80,7 +86,7 @@ def measure(name: str, options: Options) -> Iterator[Row]:
     one = dict.fromkeys(symbolic_sizes(net.model), 1)
     context = Context(reference=net.model, threads=1, sizes=one)
     samples = 32 if options.quick else SAMPLES
-    context.calibration = list(context.inputs(net.model, "probes" if options.quick else "auto", samples).batches)
+    context.calibration = list(context.inputs(net.model, "probes", samples).batches)
     yield {"way": "float", **net.measured(net.model), **sizes(net.model)}
     progress(f"{name}: losses, and latency at several widths")
     single = MeetBudget(source="calibration", compensation="none", samples=samples)

@@ -62,7 +62,13 @@ class WriteError(GraphoptError):
 
 
 class TargetMissedError(GraphoptError):
-    """A target that was asked for (`max_drop`, `tolerance`) and cannot be met."""
+    """A target that was asked for (`max_drop`, `tolerance`) and cannot be met.
+
+    Attributes:
+        least: the least that can be reached, in the unit of what was asked for; None where it is not known.
+    """
+
+    least: float | None = None
 
 
 class LiftError(GraphoptError):

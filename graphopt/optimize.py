@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -370,9 +371,11 @@ def _over_budget(shares: Mapping[str, float], steps: Sequence[Step], final: Benc
         if kind in ("latency", "latency_ms"):
             if final is not None:
                 left, low = 1 / final.speeds[-1].median, 1 / final.speeds[-1].high
-                scale = final.latencies[0].median if kind == "latency_ms" else 1.0
+            if kind == "latency_ms":
+                whole = steps[0].latency if final is None else final.latencies[0]
+                scale = math.inf if whole is None else whole.median
                 left, low = left * scale, low * scale
-        else:
+        elif final is not None:  # else the input is what is returned
             before, after = (
                 {"macs": size.macs, "bytes": size.weight_bytes}[kind]
                 for size in (steps[0].size, [step for step in steps if step.status != ROLLED_BACK][-1].size)

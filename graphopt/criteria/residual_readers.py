@@ -14,14 +14,15 @@ import scipy.linalg
 
 from graphopt.criteria.contract import Knowledge
 from graphopt.criteria.elimination import Losses, Reader
+from graphopt.criteria.ends import end_of, shrunk, variance_at
 from graphopt.criteria.members import Membership
 from graphopt.criteria.ownership import Owned
 from graphopt.errors import DataError
 from graphopt.ir.channels import ChannelGroup
-from graphopt.ir.linear import LINEAR_OPS, Linear, channel_axis, linear_at
+from graphopt.ir.linear import LINEAR_OPS, channel_axis, linear_at
 from graphopt.ir.linear_rows import LinearRows, linear_rows
 from graphopt.ir.pieces import Pieces
-from graphopt.ir.rewrite import DeclinedError, constant_tensor, is_op, sole_consumer
+from graphopt.ir.rewrite import DeclinedError, constant_tensor, is_op
 
 _ROWS_A_COLUMN, _ROWS = 16, 8192
 """How many rows are looked at for each column, and beyond; with as many for each, covariances are taken as they are."""
@@ -149,7 +150,7 @@ def _mixing(node: ir.Node, membership: Membership) -> _Operator | None:
     data = node.inputs[linear.data_index]
     if data is None or membership.is_weight(data):
         return None
-    return _Operator(node, data, linear_rows(linear), *_end(node, linear, membership))
+    return _Operator(node, data, linear_rows(linear), *end_of(node, linear, membership))
 
 
 def _with_constants(node: ir.Node, membership: Membership) -> ir.Node:
@@ -183,26 +184,6 @@ def _owned(operator: _Operator, group: ChannelGroup, membership: Membership, kno
     owned = ownership.owned(operator.data, axis, linear.in_channels)
     single = len(np.unique(owned.coordinates)) == len(owned.coordinates)
     return owned if single and owned.coordinates.max(initial=0) < linear.in_channels else None
-
-
-def _end(node: ir.Node, linear: Linear, membership: Membership) -> tuple[ir.Value, np.ndarray]:
-    """What an operator makes, followed through constant scales and shifts up to the addition of another branch.
-
-    Returns:
-        The value there, and what the results are multiplied with on the way, float64 [M].
-    """
-    value, factor = node.outputs[0], np.ones(linear.out_channels)
-    while (reader := sole_consumer(value)) is not None:
-        others = [operand for operand in reader.inputs if operand is not None and operand is not value]
-        constant = all(membership.is_weight(operand) for operand in others)
-        if is_op(reader, "BatchNormalization") and constant and linear.out_axis == 1 and reader.inputs[0] is value:
-            factor = factor * membership.normalization_factor(reader)
-        elif not is_op(reader, "Add") or len(others) != 1:
-            break
-        value = reader.outputs[0]
-        if not constant:
-            break
-    return value, factor
 
 
 class _Survey:
@@ -241,7 +222,7 @@ class _Survey:
         if columns != channels * self._taps:
             weight = weight.reshape(groups, -1, channels, columns // channels).swapaxes(2, 3)
             weight = weight.reshape(groups, -1, channels)
-        variance = _variance_at(operator, pieces)
+        variance = variance_at(operator.rows, operator.end, pieces)
         if variance is None:
             variance = _energy(weight, self._covariance)
         return weight / np.sqrt(variance) if variance > 0 else np.zeros_like(weight)
@@ -311,7 +292,7 @@ class _Sample:
             count += patches.shape[1]
         mean /= max(count, 1)
         covariance = (inner / max(count, 1) - mean @ mean.swapaxes(1, 2)) / mean.shape[2]
-        return _shrunk(covariance, count)
+        return shrunk(covariance, count, _ROWS_A_COLUMN)
 
     def variances(self) -> np.ndarray:
         """Variances of the channels alone, averaged over the taps, float64 [G, C / G]."""
@@ -323,43 +304,6 @@ class _Sample:
             count += patches.shape[1]
         variance = squares / max(count, 1) - np.square(mean / max(count, 1))
         return np.maximum(variance, 0).reshape(groups, channels, -1).mean(axis=2)
-
-
-def _variance_at(operator: _Operator, pieces: Pieces) -> float | None:
-    """Variance at the end of an operator, summed over channels; None where it has another layout there."""
-    squares, sums, count = 0.0, 0.0, 0
-    for batch in range(pieces.batches):
-        array = np.asarray(pieces.array(operator.end, batch), np.float64)
-        axis = operator.rows.linear.out_axis
-        if not -array.ndim <= axis < array.ndim or array.shape[axis] != operator.rows.linear.out_channels:
-            return None
-        made = operator.rows.rows(array)
-        squares, sums, count = squares + np.square(made).sum(axis=0), sums + made.sum(axis=0), count + len(made)
-    variance = squares / max(count, 1) - np.square(sums / max(count, 1))
-    total = float(np.maximum(variance, 0).sum())
-    return total if np.isfinite(total) else None
-
-
-def _shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
-    """Covariances [G, K, K] drawn towards their diagonal where rows are scarce.
-
-    Correlations of few rows are too large, so that every column seems to follow from the others. They are multiplied
-    by 1 - min(1, sum (1 - r^2)^2 / (n - 1) / sum r^2), sums over all pairs (Schaefer and Strimmer 2005, with the
-    variance of r of normal numbers).
-    """
-    columns = covariance.shape[-1]
-    if count >= _ROWS_A_COLUMN * columns or columns < 2:
-        return covariance
-    result = covariance.copy()
-    for block in result:
-        variance = np.diagonal(block).copy()
-        deviation = np.sqrt(np.where(variance > 0, variance, np.inf))
-        squares = np.square(block / deviation[:, None] / deviation)
-        np.fill_diagonal(squares, 0)
-        spread = (np.square(1 - squares).sum() - columns) / max(count - 1, 1)
-        block *= 1 - min(1.0, spread / max(float(squares.sum()), 1e-30))
-        np.fill_diagonal(block, variance)
-    return result
 
 
 def _inverse(covariance: np.ndarray, ridge: float) -> np.ndarray:

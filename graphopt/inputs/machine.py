@@ -47,11 +47,11 @@ def device(target: str) -> str:
     return f"{', '.join(cards) or 'unknown card'}, {processor()}"
 
 
-def machine_key() -> tuple[str, str]:
-    """What a timing on the CPU is kept by: processor and version of onnxruntime.
+def machine_key(target: str = "cpu") -> tuple[str, str]:
+    """What a timing is kept by: `device` of the target and version of onnxruntime.
 
     Example:
         >>> machine_key()[0] == processor()
         True
     """
-    return processor(), onnxruntime.__version__
+    return device(target), onnxruntime.__version__

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.figures import drawing
-from graphopt.passes.prune_plan import GroupPlan, SkippedGroup, digest_of
+from graphopt.passes.prune_plan import GroupPlan, SkippedGroup, check_digest
 
 _MOST_SKIPPED = 6
 """Reasons that are printed, the most frequent first."""
@@ -127,12 +127,7 @@ class BudgetPlan:
 
     def check(self, model: ir.Model) -> None:
         """Raise `GraphoptError` unless this is the model that the plan was made for."""
-        if digest_of(model) != self.model:
-            raise GraphoptError(
-                "the plan was made for another model",
-                where=model.graph.name,
-                help="apply it to the very graph that was planned, or plan anew",
-            )
+        check_digest(self.model, model)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `from_json` turns back into an equal plan."""

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from graphopt.inputs.probes import probe_feeds, symbolic_sizes
 from graphopt.ir.channels import ChannelGroup, ChannelGroups, Selection, channel_groups
 from graphopt.ir.cost import cost
 from graphopt.ir.dimensions import known_sizes
+from graphopt.ir.propagate import propagate
 from graphopt.ir.regions import Region, drop_regions, regions
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import Feeds, open_session
@@ -25,6 +27,7 @@ from graphopt.ir.timing import interleave
 from graphopt.passes.budget_plan import Try
 from graphopt.passes.contract import Context
 from graphopt.passes.decompose import Decompose
+from graphopt.passes.decompose_layers import find_sites
 from graphopt.passes.decompose_plan import DecomposePlan
 from graphopt.passes.lazy_inputs import LazyInputs
 from graphopt.passes.prune_plan import SkippedGroup
@@ -69,6 +72,7 @@ class Wish:
         min_units: of each group that stay.
         seconds: that one solve may take.
         seed: of everything random.
+        keep: shell patterns of names of nodes and weights that stay as they are.
     """
 
     kind: str
@@ -79,6 +83,7 @@ class Wish:
     min_units: int
     seconds: float
     seed: int
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class BudgetSearch:
         threads = max(context.threads, 0)
         knowledge = Knowledge(model, self._groups, inputs, threads, wish.seed)
         self._tell(0, "look at what each layer is worth")
-        self._collaborator = Collaborator(knowledge, self.candidates, self._costs, wish.surrogate)
+        self._collaborator = Collaborator(knowledge, self.candidates, self._costs, wish.surrogate, dense=self._dense())
         self._how = Collaborative(round_to=wish.round_to, mode=self._mode)
         self._tables = self._collaborator.tables(self._how)
         read = {name for layer in self._tables.layers for name, _ in layer.reads}
@@ -176,14 +181,31 @@ class BudgetSearch:
         if self._context.progress is not None:
             self._context.progress(done, 4, text)
 
+    def _dense(self) -> set[str]:
+        """Names of the operators that `Decompose` cannot take apart by themselves, or that are to be kept."""
+        nodes = {node.name or "" for node in self.model.graph}
+        sites, _ = find_sites(self.model, (), propagate(self.model, self._sizes))
+        return nodes - {site.name for site in sites if len(site.linears) == 1} | self._kept()
+
+    def _kept(self) -> set[str]:
+        """Names of the nodes that `keep` names, or that read a weight that it names."""
+        found: set[str] = set()
+        for node in self.model.graph if self.wish.keep else ():
+            names = [node.name or "", *(value.name or "" for value in node.inputs if value and value.is_initializer())]
+            if any(fnmatchcase(name, pattern) for name in names for pattern in self.wish.keep):
+                found.add(node.name or "")
+        return found
+
     def _outermost(self) -> list[Region]:
         """Residual branches that may go, none inside of another."""
         if BLOCKS not in self.wish.choices:
             return []
         found: list[Region] = []
+        kept = self._kept()
         for region in sorted(regions(self.model), key=lambda region: -len(region.nodes)):
             free = all(not set(region.nodes) & set(other.nodes) for other in found)
-            if region.replaceable and region.kind == "residual branch" and free:
+            stays = self._nodes_of(region) & kept or any(fnmatchcase(region.name, one) for one in self.wish.keep)
+            if region.replaceable and region.kind == "residual branch" and free and not stays:
                 found.append(region)
         order = {node.name: place for place, node in enumerate(self.model.graph)}
         return sorted(found, key=lambda region: order[region.nodes[0]])
@@ -308,15 +330,22 @@ class BudgetSearch:
         last = Try(found.share, math.nan, found.loss, seconds=time.perf_counter() - start)
         layers = {layer.name: layer for layer in self._tables.layers}
         forms = {node: LayerForm(low_rank_form(layers[node]), rank) for node, rank in found.ranks.items()}
+        removed = {name: len(units) for name, units in found.selection.items()}
+        forms = {node: form for node, form in forms.items() if self.forms.fits(node, removed, form)}
         return Found(found.selection, forms, (), last)
 
     def _unreachable(self, aim: float, error: TargetMissedError) -> TargetMissedError:
+        """The same in shares of the whole, and for latencies in milliseconds, as budgets are given."""
+        whole = f"{self.whole / 1e3:.4g} ms is the whole" if self._is_timed else f"{self.whole:,.0f} is the whole"
+        what, way = error.what, "ask for less"
+        if error.least is not None:
+            share = error.least / self.whole
+            least = f"{error.least / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
+            what, way = f"{share:.3f} of it is the least, {least}", f"ask for {share:.3f} of it or more"
         return TargetMissedError(
-            f"{aim:.3f} of the {self.wish.kind} cannot be reached ({self.whole:.4g} is the whole): {error.what}",
+            f"{aim:.3g} of the {self.wish.kind} cannot be reached ({whole}): {what}",
             where=self.wish.kind,
-            help=f"ask for less, or allow more choices (channels, ranks, blocks; skip=()); {error.help or ''}".rstrip(
-                "; "
-            ),
+            help=f"{way}, or allow more choices (channels, ranks, blocks; skip=())",
         )
 
     def _selection(self, removed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

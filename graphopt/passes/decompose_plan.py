@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.factorizations import FORMS, Rank
-from graphopt.passes.prune_plan import digest_of
+from graphopt.passes.prune_plan import check_digest, digest_of
 from graphopt.search import Costs
 
 _MOST_DECLINED = 12
@@ -136,12 +136,7 @@ class DecomposePlan:
 
     def check(self, model: ir.Model) -> None:
         """Raise `GraphoptError` unless this is the model that the plan was made for."""
-        if digest_of(model) != self.model:
-            raise GraphoptError(
-                "the plan was made for another model",
-                where=model.graph.name,
-                help="apply it to the very graph that was planned, or plan anew",
-            )
+        check_digest(self.model, model)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `from_json` turns back into an equal plan."""

@@ -99,7 +99,8 @@ class Speeds:
         """How a chain compares with its layer; None where onnxruntime runs neither as a model of its own."""
         shapes = factorization(form).shapes(site.layer, rank)
         dense, chain = (_model(site, one, self.opset) for one in ((site.layer.shape,), shapes))
-        parts = (print_graph(dense), print_graph(chain), self.context.target, self.context.threads, machine_key())
+        target, threads = self.context.target, self.context.threads
+        parts = (print_graph(dense), print_graph(chain), target, threads, machine_key(target))
         key = hashlib.sha256("\n".join(map(repr, ("decompose", *parts))).encode()).hexdigest()
         known = self._store.read(key)
         try:
@@ -107,9 +108,7 @@ class Speeds:
         except (KeyError, TypeError, ValueError):
             pass  # not measured yet, or written by something else
         try:
-            sessions = [
-                open_session(one, target=self.context.target, threads=self.context.threads) for one in (dense, chain)
-            ]
+            sessions = [open_session(one, target=target, threads=threads) for one in (dense, chain)]
             (value,) = dense.graph.inputs
             assert value.shape is not None
             assert value.dtype is not None

@@ -32,7 +32,7 @@ from graphopt.passes.decompose import Decompose
 from graphopt.passes.decompose_plan import DecomposePlan
 from graphopt.passes.fold_reconstruction import LEAST_SQUARES, RECONSTRUCTIONS, FoldReconstruction
 from graphopt.passes.lazy_inputs import LazyInputs
-from graphopt.passes.prune_groups import DEFAULT_SKIP, check_patterns, choose, remark_skipped, with_blockers
+from graphopt.passes.prune_groups import DEFAULT_SKIP, check_keep, check_patterns, choose, remark_skipped, with_blockers
 from graphopt.passes.prune_plan import GroupPlan, SkippedGroup, digest_of
 from graphopt.search.collaborative_surrogates import Surrogate, surrogate
 from graphopt.search.rounding import check_round_to
@@ -70,7 +70,8 @@ class MeetBudget(Pass):
         solver: "milp", "knapsack", "collaborative", or "sequence": channels for half of the saving, then ranks.
         surrogate: what a layer is worth, in `graphopt.search.collaborative_surrogates.SURROGATES`: "second-order" (on
             inputs, no gradients), "gradient" (torch), "magnitude" (weights alone).
-        round_to, keep, skip, min_units: as for `prune-channels`.
+        round_to, keep, skip, min_units: as for `prune-channels`. Layers that `keep` names, by node or weight, are not
+            taken apart either, and blocks that it names, or that hold such a layer, stay.
         compensation: "none", or the form of a `fold-reconstruction` that follows at once.
         source: where inputs come from: "auto", "calibration", "probes", "synthetic".
         samples: how many inputs losses are measured on.
@@ -210,6 +211,7 @@ class MeetBudget(Pass):
             self.min_units,
             self.seconds,
             self.seed,
+            self.keep,
         )
         return BudgetSearch(model, chosen, skipped, wish, inputs, context)
 
@@ -253,13 +255,16 @@ class MeetBudget(Pass):
 
     def _groups(self, model: ir.Model, context: Context) -> tuple[Sequence[ChannelGroup], list[SkippedGroup]]:
         """The groups that may lose units; none where channels are no choice, or others remain without them."""
-        if CHANNELS not in self.choices:
+        if CHANNELS not in self.choices and not self.keep:
             return (), []
         groups = channel_groups(model, sizes=known_sizes(model, context.sizes))
+        check_keep(groups, self.keep)
+        if CHANNELS not in self.choices:
+            return (), []
         try:
             chosen, skipped = choose(groups, keep=self.keep, skip=self.skip, min_units=self.min_units)
         except GraphoptError:
-            if self.keep or self.choices == (CHANNELS,):
+            if self.choices == (CHANNELS,):
                 raise
             return (), []
         remark_skipped(skipped, context)

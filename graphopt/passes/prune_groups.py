@@ -80,7 +80,7 @@ def choose(
     Raises:
         GraphoptError: a pattern of `keep` matches nothing, or no group may be pruned.
     """
-    _check_keep(groups, keep)
+    check_keep(groups, keep)
     readers = _readers(groups) if keep else {}
     chosen: list[ChannelGroup] = []
     skipped: list[SkippedGroup] = []
@@ -140,11 +140,13 @@ def _readers(groups: ChannelGroups) -> dict[str, set[str]]:
     return found
 
 
-def _check_keep(groups: ChannelGroups, keep: Sequence[str]) -> None:
+def check_keep(groups: ChannelGroups, keep: Sequence[str]) -> None:
+    """Raise `GraphoptError` where a pattern of `keep` matches no group, no weight and no node."""
     if not keep:
         return
     names = {group.name: None for group in groups} | {name: None for group in groups for name, _ in group.members}
     names |= {node.name or "": None for node in nodes_below(groups.analysis.model.graph)}
+    names |= dict.fromkeys(groups.analysis.model.graph.initializers)
     for pattern in keep:
         if not any(_matches(name, pattern) for name in names):
             raise GraphoptError(

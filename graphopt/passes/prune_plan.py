@@ -128,12 +128,7 @@ class PrunePlan:
 
     def check(self, model: ir.Model) -> None:
         """Raise `GraphoptError` unless this is the model that the plan was made for."""
-        if digest_of(model) != self.model:
-            raise GraphoptError(
-                "the plan was made for another model",
-                where=model.graph.name,
-                help="apply it to the very graph that was planned, or plan anew",
-            )
+        check_digest(self.model, model)
 
     def masked(self, model: ir.Model, groups: ChannelGroups | None = None) -> ir.Model:
         """The masked reference: a new model of full size in which all that the removed units own is 0.
@@ -212,6 +207,16 @@ class PrunePlan:
         more = sum(count for _, count in reasons[_MOST_SKIPPED:])
         lines += [f"kept whole: {more} more, for other reasons"] if more else []
         return "\n".join(lines)
+
+
+def check_digest(digest: str, model: ir.Model) -> None:
+    """Raise `GraphoptError` unless a model has this digest."""
+    if digest_of(model) != digest:
+        raise GraphoptError(
+            "the plan was made for another model",
+            where=model.graph.name,
+            help="apply it to the very graph that was planned, or plan anew",
+        )
 
 
 def digest_of(model: ir.Model) -> str:

@@ -318,8 +318,10 @@ def missed(problem: BudgetProblem, cheapest: Sequence[int]) -> TargetMissedError
     dearest = sorted((pair for pair in costs if pair[0] > 0), reverse=True)[:_NAMED]
     share = f" ({least / problem.budget:.3g} times the budget)" if problem.budget > 0 else ""
     held = ", ".join(f"{name} {cost:.4g}" for cost, name in dearest)
-    return TargetMissedError(
+    error = TargetMissedError(
         f"a budget of {problem.budget:.6g} cannot be met: {least:.6g} is the least that is reachable{share}",
         where=f"the dearest of what remains: {held}" if held else None,
         help=f"ask for {least:.6g} or more, or let more be decided: more groups, smaller packets, blocks that may go",
     )
+    error.least = least
+    return error

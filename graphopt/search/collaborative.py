@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -155,6 +155,7 @@ class Collaborator:
         kind: the surrogate.
         layer_cost: of one layer, for instance from a table of latencies; None for MACs.
         fixed: with `layer_cost`: cost of everything that is no layer.
+        dense: names of operators that are not to be decomposed.
 
     Raises:
         GraphoptError: there is nothing to prune and nothing to decompose.
@@ -170,11 +171,17 @@ class Collaborator:
         *,
         layer_cost: LayerCost | None = None,
         fixed: float = 0.0,
+        dense: Container[str] = (),
     ) -> None:
         self.candidates, self.surrogate = tuple(candidates), surrogate(kind)
-        self.layers = find_layers(knowledge, candidates, costs)
+        self.layers = find_layers(knowledge, candidates, costs, dense)
         if not self.layers:
-            raise GraphoptError("there is no layer to prune or to decompose", where="model")
+            raise GraphoptError(
+                "there is no layer to prune or to decompose: no Conv, Gemm or MatMul of the main graph has channels "
+                "that may go, or a weight of its own that may be taken apart",
+                where="model",
+                help="run fold-constants before, where weights are computed of constants; let more go (keep, skip)",
+            )
         self.costing = Costing(self.layers, costs, layer_cost, fixed)
         self.states: dict[str, States] = self.surrogate.states(knowledge, self.layers)
         self._descents: dict[Stride, list[Descent]] = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -134,7 +134,9 @@ def macs(layer: Layer, inputs: int, outputs: int, rank: int | None) -> float:
     return layer.places * rank * (inputs * layer.taps + outputs)
 
 
-def find_layers(knowledge: Knowledge, candidates: Sequence[Candidate], costs: CostModel) -> list[Layer]:
+def find_layers(
+    knowledge: Knowledge, candidates: Sequence[Candidate], costs: CostModel, dense: Container[str] = ()
+) -> list[Layer]:
     """The layers of the main graph that read units of a candidate or can be decomposed, in graph order.
 
     Layers without a constant weight of a form that can be worked with are left out; so are depthwise operators, through
@@ -144,6 +146,7 @@ def find_layers(knowledge: Knowledge, candidates: Sequence[Candidate], costs: Co
         knowledge: the model.
         candidates: groups that may lose units.
         costs: of the same model; MACs of layers come from it.
+        dense: names of operators that are not to be decomposed.
     """
     membership = Membership(knowledge)
     found: list[Layer] = []
@@ -154,6 +157,8 @@ def find_layers(knowledge: Knowledge, candidates: Sequence[Candidate], costs: Co
             layer = _layer(node, knowledge, membership, candidates, costs)
         except DeclinedError:
             continue
+        if layer is not None and layer.name in dense:
+            layer = replace(layer, rankable=False)
         if layer is not None and (layer.reads or layer.rankable):
             found.append(layer)
     return found

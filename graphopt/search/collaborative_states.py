@@ -408,10 +408,13 @@ class CovarianceState(LayerState):
     # Parts --------------------------------------------------------------------------------------------------
 
     def _places(self, units: np.ndarray) -> np.ndarray:
-        """Positions among the columns that are left of what units own, int64 [units, most columns], -1 is none."""
+        """Positions among the columns that are left of what units own, int64 [units, most columns], -1 is none.
+
+        Units of two candidates may share columns: rows and columns of an image that is flattened.
+        """
         blocks = self.blocks[units]
         columns = (blocks[..., None] * self._taps + np.arange(self._taps)).reshape(len(blocks), -1)
-        real = np.repeat(blocks >= 0, self._taps, axis=1)
+        real = np.repeat(blocks >= 0, self._taps, axis=1) & np.isin(columns, self._columns)
         return np.where(real, np.searchsorted(self._columns, np.where(real, columns, 0)), -1)
 
     def _whitened(self) -> np.ndarray:
@@ -428,7 +431,7 @@ class CovarianceState(LayerState):
         return weight @ inverse.swapaxes(1, 2)
 
     def _remove_units(self, units: np.ndarray) -> None:
-        places = self._places(units).reshape(-1)
+        places = np.unique(self._places(units))
         places = places[places >= 0]
         kept = np.setdiff1d(np.arange(len(self._columns)), places)
         block = self._inverse[np.ix_(places, places)]

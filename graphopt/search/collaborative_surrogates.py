@@ -13,11 +13,11 @@ import onnx_ir as ir
 import scipy.linalg
 
 from graphopt.criteria.contract import Knowledge
+from graphopt.criteria.ends import end_of, shrunk, variance_at
 from graphopt.criteria.members import Membership
 from graphopt.errors import DataError, GraphoptError
 from graphopt.inputs.moments import SecondMoments
 from graphopt.ir.pieces import Pieces
-from graphopt.ir.rewrite import is_op, sole_consumer
 from graphopt.search.collaborative_influence import Influence
 from graphopt.search.collaborative_layers import Layer
 from graphopt.search.collaborative_states import CovarianceState, ElementwiseState, LayerState
@@ -213,7 +213,7 @@ class SecondOrder(Surrogate):
         """See `Surrogate`."""
         feeds = _required(self, knowledge)
         membership = Membership(knowledge)
-        ends = {layer.name: _end(layer, membership) for layer in layers}
+        ends = {layer.name: end_of(layer.node, layer.rows.linear, membership) for layer in layers}
         pieces = Pieces(knowledge.model, feeds, threads=knowledge.threads)
         pieces.hold(value for layer in layers for value in (layer.rows.linear.data, ends[layer.name][0]))
         probe = Influence(knowledge, feeds, self.samples) if self.influence == "measured" else None
@@ -232,7 +232,7 @@ class SecondOrder(Surrogate):
         moments = _moments(layer, pieces, seed)
         covariance = self._covariance(layer, moments)
         weight = layer.weight() * factor[:, None, None]
-        variance = _variance(layer, end, pieces)
+        variance = variance_at(layer.rows, end, pieces)
         variance = _energy(weight, covariance) if variance is None else variance
         scale = np.sqrt(1 / variance) if variance > 0 else 0.0
         if probe is None or covariance.ndim == 1 or not scale:
@@ -248,7 +248,7 @@ class SecondOrder(Surrogate):
     def _covariance(self, layer: Layer, moments: SecondMoments) -> np.ndarray:
         """Regular covariance [C T, C T], [C, C] or variances [C]."""
         channels, taps = layer.inputs, layer.taps
-        blocks = _shrunk(moments.input_covariance(), moments.count)
+        blocks = shrunk(moments.input_covariance(), moments.count, _ROWS_A_COLUMN)
         if channels * taps > self.columns:
             split = blocks.reshape(len(blocks), channels // len(blocks), taps, channels // len(blocks), taps)
             blocks = np.einsum("gatbt->gab", split) / taps
@@ -329,26 +329,6 @@ def _moments(layer: Layer, pieces: Pieces, seed: int) -> SecondMoments:
     return moments
 
 
-def _shrunk(covariances: np.ndarray, count: int) -> np.ndarray:
-    """Covariances [G, K, K] with correlations multiplied by 1 - sum var(r) / sum r^2 where rows are scarce.
-
-    Source: Schaefer and Strimmer 2005, with the variance of r of normal numbers, (1 - r^2)^2 / (n - 1).
-    """
-    columns = covariances.shape[-1]
-    if count >= _ROWS_A_COLUMN * columns or columns < 2:
-        return covariances
-    found = covariances.copy()
-    for block in found:
-        variance = np.diagonal(block).copy()
-        deviation = np.sqrt(np.where(variance > 0, variance, np.inf))
-        squares = np.square(block / deviation[:, None] / deviation)
-        np.fill_diagonal(squares, 0)
-        spread = (float(np.square(1 - squares).sum()) - columns) / max(count - 1, 1)
-        block *= 1 - min(1.0, spread / max(float(squares.sum()), _TINY))
-        np.fill_diagonal(block, variance)
-    return found
-
-
 def _energy(weight: np.ndarray, covariance: np.ndarray) -> float:
     """tr(W C W^T) of a weight [N, C, T]; see `SecondOrder._covariance` for the forms of C."""
     if covariance.ndim == 1:
@@ -358,34 +338,3 @@ def _energy(weight: np.ndarray, covariance: np.ndarray) -> float:
     else:
         flat = weight.swapaxes(1, 2).reshape(-1, weight.shape[1])
     return float(np.einsum("nk,nk->", flat @ covariance, flat))
-
-
-def _end(layer: Layer, membership: Membership) -> tuple[ir.Value, np.ndarray]:
-    """What a layer makes behind constant scales and shifts and the addition of another branch, and the scale [N]."""
-    value, factor = layer.node.outputs[0], np.ones(layer.outputs)
-    while (reader := sole_consumer(value)) is not None:
-        others = [operand for operand in reader.inputs if operand is not None and operand is not value]
-        constant = all(membership.is_weight(operand) for operand in others)
-        if is_op(reader, "BatchNormalization") and constant and layer.rows.linear.out_axis == 1:
-            factor = factor * membership.normalization_factor(reader)
-        elif not is_op(reader, "Add") or len(others) != 1:
-            break
-        value = reader.outputs[0]
-        if not constant:
-            break
-    return value, factor
-
-
-def _variance(layer: Layer, end: ir.Value, pieces: Pieces) -> float | None:
-    """Variance of a value summed over the channels of a layer; None where they are not on its axis there."""
-    squares, sums, count = 0.0, 0.0, 0
-    for batch in range(pieces.batches):
-        array = np.asarray(pieces.array(end, batch), np.float64)
-        axis = layer.rows.linear.out_axis
-        if not -array.ndim <= axis < array.ndim or array.shape[axis] != layer.outputs:
-            return None
-        made = layer.rows.rows(array)
-        squares, sums, count = squares + np.square(made).sum(axis=0), sums + made.sum(axis=0), count + len(made)
-    variance = squares / max(count, 1) - np.square(sums / max(count, 1))
-    total = float(np.maximum(variance, 0).sum())
-    return total if np.isfinite(total) else None

@@ -115,6 +115,12 @@ class JointProblem:
         """Whether a chain costs less than the whole layer."""
         return node in self.costs.places and self.costs.at(node, {}, form) < self.costs.at(node, {})
 
+    def _pays(self, node: str, removed: Mapping[str, int], form: LayerForm) -> bool:
+        """Whether there is such a chain at these widths, and it costs less: the layer as it is loses no more."""
+        return self.forms.fits(node, removed, form) and self.costs.at(node, removed, form) < self.costs.at(
+            node, removed
+        )
+
     def within(self, budget: float) -> BudgetProblem:
         """The problem with a budget in the unit of the costs."""
         choices = [
@@ -141,6 +147,7 @@ class JointProblem:
             for node, forms in self._forms.items()
             if options[_form(node)] and self._block_of.get(node) not in dropped
         }
+        chains = {node: form for node, form in chains.items() if self._pays(node, removed, form)}
         return Taken(removed, chains, dropped, assignment)
 
     def _around(self, group: str) -> list[str]:
@@ -195,10 +202,11 @@ class JointProblem:
             np.ndindex(shape), itertools.product(*(self._kept[name] for name in groups)), strict=True
         ):
             removed = {name: units[name] - count for name, count in zip(groups, kept, strict=True)}
+            fitting = [form if form and self.forms.fits(node, removed, form) else None for form in forms]
             if node in self.costs.places:
-                cost[place] = [self.costs.at(node, removed, form) for form in forms]
+                cost[place] = [self.costs.at(node, removed, form) for form in fitting]
             if layer is not None:
-                value[place] = [-self.forms.loss(layer, removed, form) for form in forms]
+                value[place] = [-self.forms.loss(layer, removed, form) for form in fitting]
         names = tuple(map(_width, groups))
         return ((*names, _form(node)), cost, value) if len(forms) > 1 else (names, cost[..., 0], value[..., 0])
 

@@ -83,6 +83,16 @@ class LayerForms:
         share = layer.kept_outputs(removed) / layer.outputs
         return self._tables.of(layer, removed, None) + share * self._spatial[layer.name, form.rank]
 
+    def fits(self, node: str, removed: Mapping[str, int], form: LayerForm) -> bool:
+        """Whether a layer still has a chain of this rank with these units gone: narrow layers have fewer."""
+        layer = self._layers[node]
+        inputs, outputs = layer.kept_inputs(removed), layer.kept_outputs(removed)
+        if form.form == SPATIAL:
+            first, *others = layer.rows.linear.kernel
+            return form.rank <= min(inputs * first, outputs * int(np.prod(others)))
+        columns = inputs * layer.taps
+        return min(columns, outputs) > 1 and form.rank <= min(columns, outputs)
+
     def macs(self, node: str, removed: Mapping[str, int], form: LayerForm, block: int = 1) -> float:
         """Multiply-accumulates of a chain with these units gone.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from graphopt.ir.cost import storage_bytes
+from graphopt.ir.text import subgraphs
 from graphopt.search.collaborative_layers import Costing, Layer
 from graphopt.search.costs import CostModel
 from graphopt.search.joint import NodeCosts
@@ -43,8 +44,7 @@ class CountedCosts:
         self._known: dict[tuple[object, ...], float] = {}
         self.places: dict[str, tuple[str, ...]] = {}
         seen: set[ir.Value] = set()
-        for node in costs.groups.analysis.model.graph:
-            name = node.name or ""
+        for name, node in _named(costs.groups.analysis.model.graph):
             self._nodes[name] = node
             own = [index for index, value in enumerate(node.inputs) if value is not None and value.is_initializer()]
             self._weights[name] = tuple(index for index in own if node.inputs[index] not in seen)
@@ -80,6 +80,15 @@ class CountedCosts:
                 elements = self._forms.parameters(node, removed, form)
             total += elements if self._kind == "params" else storage_bytes(elements, value.dtype)
         return total
+
+
+def _named(graph: ir.Graph, prefix: str = "") -> Iterator[tuple[str, ir.Node]]:
+    """All nodes of a graph and of the bodies in it, with names that no two share."""
+    for node in graph:
+        name = f"{prefix}{node.name or ''}"
+        yield name, node
+        for body, inner in subgraphs(node):
+            yield from _named(inner, f"{name}/{body}/")
 
 
 class NodeCosting(Costing):

@@ -386,3 +386,13 @@ def test_bad_input() -> None:
         Collaboration.from_json("[]")
     with pytest.raises(GraphoptError, match="kinds"):
         Stride(kinds=("everything",))
+
+
+def test_units_that_share_columns_lose_them_once() -> None:
+    rows_and_columns = np.array([[0, 1], [2, 3], [0, 2], [1, 3]])
+    state = CovarianceState(np.ones((2, 1, 4)), np.eye(4), rows_and_columns, False)
+    state.remove(np.array([0, 2]), np.zeros(0, np.int64))
+    assert state.loss == pytest.approx(6)
+    assert state.unit_scores(0.0)[[1, 3]] == pytest.approx(8)
+    state.remove(np.array([1]), np.zeros(0, np.int64))
+    assert state.loss == pytest.approx(8)
