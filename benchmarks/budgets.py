@@ -4,10 +4,10 @@
     python -m benchmarks.budgets resnet20
     python -m benchmarks.budgets --quick            # ResNet-20, one budget, functional
 
-Every way is given the same made-up inputs (dead leaves, no gradient), the same latencies, measured inside of the whole graph, and the same
-reconstruction behind (without second solves, which would take ten times as long). Residual streams stay whole, but
-where "uniform" and "global" do not reach the budget otherwise. What is left of the latency is measured in turns with
-the float network. Ways:
+Every way is given the same made-up inputs (dead leaves, no gradient), the same latencies, measured inside of the whole
+graph, and the same reconstruction behind (without second solves, which would take ten times as long). Residual streams
+stay whole, but where "uniform" and "global" do not reach the budget otherwise. What is left of the latency is measured
+in turns with the float network. Ways:
 
 * "uniform" and "global": `prune-channels` by L2, and by the residual of least squares per MAC, at the share of the MACs
   with which the latency model predicts the budget;

@@ -66,7 +66,12 @@ def plot_pareto(
         'curves.svg'
         >>> folder.cleanup()
     """
-    every = [point for points in curves.values() for point in points]
+    try:
+        every = [(float(cost_of), float(metric_of)) for points in curves.values() for cost_of, metric_of in points]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            "curves are no curves", where="curves", help='pass {"name": [(cost, metric), ...]}, numbers all of them'
+        ) from error
     if not every or not all(math.isfinite(value) for point in every for value in point):
         raise DataError("there are no points to draw, or some are not finite", where="curves")
     file = Path(path)

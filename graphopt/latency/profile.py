@@ -29,6 +29,8 @@ _MOST_BLOCKS = 32
 """Blocks are cut as deep in the names as leaves no more than this many."""
 _SHOWN, _DRAWN = 20, 40
 _WIDTH = 120
+_NAMES = 40
+"""Letters of a name that are kept in one line before figures or operators give way."""
 _BYTES = {
     **dict.fromkeys(("double", "int64", "uint64"), 8),
     **dict.fromkeys(("float", "int32", "uint32"), 4),
@@ -293,14 +295,17 @@ class ProfileTable:
             f"{measured.layout_microseconds / 1e3:.3f} ms of that in changes of layout"
         )
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column({"op": "operator"}.get(self.by, self.by), overflow="fold")
-        for column in ("kernels", "us", "share", "MACs", "moved", "GFLOP/s"):
-            table.add_column(column, justify="right", no_wrap=True)
+        shown = _dearest(self.parts, self.top)
+        rows = [self._row(part) for part in shown]
+        longest = max((len(row[0]) for row in rows), default=0)
+        table.add_column({"op": "operator"}.get(self.by, self.by), overflow="fold", min_width=min(longest, _NAMES))
+        for place, column in enumerate(("kernels", "us", "share", "MACs", "moved", "GFLOP/s"), start=1):
+            width = max(len(column), *(len(row[place]) for row in rows)) if rows else len(column)
+            table.add_column(column, justify="right", no_wrap=True, min_width=width)
         if self.by != "op":
             table.add_column("runs as", overflow="ellipsis", no_wrap=True)
-        shown = _dearest(self.parts, self.top)
-        for part in shown:
-            table.add_row(*self._row(part))
+        for row in rows:
+            table.add_row(*row)
         rest = len(self.parts) - len(shown)
         if rest:
             left = sum(part.microseconds for part in self.parts) - sum(part.microseconds for part in shown)

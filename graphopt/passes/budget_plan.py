@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -168,7 +169,7 @@ class BudgetPlan:
         gap = f", gap {last.gap:.1%}" if last.gap > 1e-4 else ""
         return [f"{head}: {found} ({self.solver}{gap}, {len(self.tries)} built); {', '.join(went) or 'nothing goes'}"]
 
-    def plot(self, path: Path) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw what is left of each group, layer and block, in the order of the graph.
 
         Args:
@@ -184,7 +185,7 @@ class BudgetPlan:
             (f"block {one.name}", 0.0 if one.dropped else 1.0, "dropped" if one.dropped else "kept")
             for one in self.blocks
         ]
-        with drawing(path, width=7.0, height=1.0 + 0.18 * max(len(bars), 1)) as figure:
+        with drawing(Path(path), width=7.0, height=1.0 + 0.18 * max(len(bars), 1)) as figure:
             axes = figure.subplots()
             colours = ["tab:green" if share == 1 else "tab:orange" if share else "tab:red" for _, share, _ in bars]
             axes.barh(range(len(bars)), [share for _, share, _ in bars], color=colours)

@@ -51,7 +51,7 @@ SOLVERS = ("milp", "knapsack", COLLABORATIVE, SEQUENCE)
 """What may decide."""
 _GAP = 1e-3
 _MOST_TRIES = 6
-_NEAR = 0.02
+NEAR = 0.02
 """How far below the budget a solution may be, relative to it, without another try to use more of it."""
 _MARGIN = 0.004
 """How far below the budget what was over it is aimed at next, relative to it."""
@@ -276,7 +276,7 @@ class BudgetSearch:
             tries.append(found.last)
             if found.last.measured <= share and (best is None or found.last.loss <= best.last.loss):
                 best = found
-            if share * (1 - _NEAR) <= found.last.measured <= share or found.last.predicted >= 1 or aim >= 1:
+            if share * (1 - NEAR) <= found.last.measured <= share or found.last.predicted >= 1 or aim >= 1:
                 break
             if best is not None and self._repeats(tries):
                 break
@@ -341,7 +341,10 @@ class BudgetSearch:
         if error.least is not None:
             share = error.least / self.whole
             least = f"{error.least / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
-            what, way = f"{share:.3f} of it is the least, {least}", f"ask for {share:.3f} of it or more"
+            what, way = (
+                f"{share:.3f} of it is the least, {least}",
+                f"ask for less: {math.ceil(share * 1e3) / 1e3:.3f} of it or more",
+            )
         return TargetMissedError(
             f"{aim:.3g} of the {self.wish.kind} cannot be reached ({whole}): {what}",
             where=self.wish.kind,

@@ -84,6 +84,8 @@ class ConvertFloat(Pass):
         "merge-linear",
         "merge-common-subexpressions",
         "prune-channels",
+        "decompose",
+        "meet-budget",
         "dequantize",
         "quantize",
         "fold-reconstruction",

@@ -119,8 +119,13 @@ class Decompose(Pass):
         for name, value in {"energy": self.energy, **({"error": self.error} if self.error is not None else {}),
                             **shares}.items():  # fmt: skip
             _check_share(name, value)
-        if len(shares) > 1:
-            raise GraphoptError(f"several targets are given: {', '.join(shares)}", help="give one of them")
+        stated = [
+            name
+            for name, value in (("energy", self.energy), ("error", self.error))
+            if value not in (None, DEFAULT_ENERGY)
+        ]
+        if len(stated) + len(shares) > 1:
+            raise GraphoptError(f"several targets are given: {', '.join([*stated, *shares])}", help="give one of them")
         if self.ranks is not None and self.ranks not in SELECTIONS:
             raise GraphoptError(f"unknown ranks {self.ranks!r}", help=f"one of {', '.join(SELECTIONS)}")
         if (self.selection == "ratio") != bool(shares):

@@ -115,7 +115,7 @@ class FoldReconstruction(Pass):
 
     name: ClassVar[str] = "fold-reconstruction"
     semantics: ClassVar[Semantics] = Semantics.LOSSY
-    runs_after: ClassVar[tuple[str, ...]] = ("prune-channels",)
+    runs_after: ClassVar[tuple[str, ...]] = ("prune-channels", "decompose", "meet-budget")
 
     form: str = LEAST_SQUARES
     source: str = "auto"

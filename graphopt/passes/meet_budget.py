@@ -16,11 +16,12 @@ from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.ir.regions import regions
-from graphopt.passes.budget_plan import BlockPlan, BudgetPlan, RankPlan
+from graphopt.passes.budget_plan import BlockPlan, BudgetPlan, RankPlan, Try
 from graphopt.passes.budget_search import (
     CHANNELS,
     CHOICES,
     LATENCY,
+    NEAR,
     SOLVERS,
     BudgetSearch,
     Found,
@@ -133,7 +134,13 @@ class MeetBudget(Pass):
                 most = "" if name == "latency_ms" else " and at most 1"
                 raise GraphoptError(f"{name} is {value}, it must be above 0{most}", where=name, help="0.6 leaves 60 %")
         if isinstance(self.choices, str) or not self.choices or not set(self.choices) <= set(CHOICES):
-            raise GraphoptError(f"choices is {self.choices!r}", help=f"give a list of some of {', '.join(CHOICES)}")
+            wrong = (
+                [self.choices] if isinstance(self.choices, str) else [one for one in self.choices if one not in CHOICES]
+            )
+            raise GraphoptError(
+                f"choices is {self.choices!r}{f', and {wrong[0]!r} is none' if wrong else ''}",
+                help=f"give a list of some of {', '.join(CHOICES)}",
+            )
         if self.solver not in SOLVERS:
             raise GraphoptError(f"unknown solver {self.solver!r}", help=f"one of {', '.join(SOLVERS)}")
         if self.compensation not in ("none", *RECONSTRUCTIONS):
@@ -238,7 +245,7 @@ class MeetBudget(Pass):
             tries=tries,
             source=search.inputs.sentence,
             compensation=self.compensation,
-            notes=tuple(search.notes),
+            notes=(*search.notes, *_unused(share, tries)),
         )
 
     def _share(self, whole: float) -> float:
@@ -318,3 +325,14 @@ class MeetBudget(Pass):
     def _rebuild(self, graph: ir.Model, plan: BudgetPlan, context: Context) -> None:
         if plan.compensation != "none":
             FoldReconstruction(form=plan.compensation, source=self.source).rewrite(graph, context)
+
+
+def _unused(share: float, tries: Sequence[Try]) -> list[str]:
+    """Why a part of the budget is left, where one is."""
+    left = tries[-1].measured
+    if left >= share * (1 - NEAR) or tries[-1].predicted >= 1:
+        return []
+    return [
+        f"{left:.3f} is left where {share:.3f} may be: of {len(tries)} built it is the best within the budget; "
+        "widths and ranks go in steps"
+    ]

@@ -130,6 +130,8 @@ class Quantize(Pass):
         "merge-branches",
         "pool-reduce-mean",
         "prune-channels",
+        "decompose",
+        "meet-budget",
         "dequantize",
         "equalize-channels",
         "migrate-scales",

@@ -139,7 +139,7 @@ def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequenc
     """All that a timing depends on; weights do not count, so a fine-tuned network is known."""
     widths = [[(one.node, one.form, one.weight_bits) for one in plan.operators] for plan in plans]
     parts = (print_graph(model), tuple(forms), sorted(context.sizes.items()), context.target, context.threads, widths)
-    return hashlib.sha256("\n".join(map(repr, (*parts, *machine_key()))).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(repr, (*parts, *machine_key(context.target)))).encode()).hexdigest()
 
 
 class _Timing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,12 @@ def test_the_picture_names_each_way_and_is_the_same_twice(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("curves", "name", "kind"), [
     ({}, "a.svg", DataError),
     ({"a": [(0.5, math.nan)]}, "a.svg", DataError),
+    ([], "a.svg", DataError),
+    ({"a": [(1,)]}, "a.svg", DataError),
+    ({"a": [("much", "little")]}, "a.svg", DataError),
     (CURVES, "a.bmp", GraphoptError),
 ])  # fmt: skip
-def test_bad_input(curves: dict[str, list[tuple[float, float]]], name: str, kind: type, tmp_path: Path) -> None:
+def test_bad_input(curves: Any, name: str, kind: type, tmp_path: Path) -> None:
     with pytest.raises(kind):
         graphopt.plot_pareto(curves, tmp_path / name)
     assert not list(tmp_path.iterdir())
