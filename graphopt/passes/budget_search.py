@@ -270,7 +270,7 @@ class BudgetSearch:
         best: Found | None = None
         for _ in range(_MOST_TRIES):
             self._tell(2, f"solve for {aim:.3f} of the {self.wish.kind}")
-            found = self._attempt(aim, reached=best is not None)
+            found = self._attempt(aim, share, reached=best is not None)
             if found is None:
                 break
             tries.append(found.last)
@@ -295,7 +295,7 @@ class BudgetSearch:
         """Whether the last try brought nothing new: widths are steps, and the next one may be over the budget."""
         return any(one.predicted == tries[-1].predicted for one in tries[:-1])
 
-    def _attempt(self, aim: float, *, reached: bool) -> Found | None:
+    def _attempt(self, aim: float, share: float, *, reached: bool) -> Found | None:
         """One solution and what it measures; None where there is none and an earlier one will do."""
         try:
             by_steps = self.wish.solver in (COLLABORATIVE, SEQUENCE)
@@ -303,7 +303,7 @@ class BudgetSearch:
         except TargetMissedError as error:
             if reached:
                 return None
-            raise self._unreachable(aim, error) from error
+            raise self._unreachable(share, error) from error
         graph = self.built(found.selection, found.forms, found.dropped)
         return replace(found, last=replace(found.last, measured=self._share_of(graph)))
 
@@ -334,19 +334,19 @@ class BudgetSearch:
         forms = {node: form for node, form in forms.items() if self.forms.fits(node, removed, form)}
         return Found(found.selection, forms, (), last)
 
-    def _unreachable(self, aim: float, error: TargetMissedError) -> TargetMissedError:
+    def _unreachable(self, share: float, error: TargetMissedError) -> TargetMissedError:
         """The same in shares of the whole, and for latencies in milliseconds, as budgets are given."""
         whole = f"{self.whole / 1e3:.4g} ms is the whole" if self._is_timed else f"{self.whole:,.0f} is the whole"
         what, way = error.what, "ask for less"
         if error.least is not None:
-            share = error.least / self.whole
+            reachable = error.least / self.whole
             least = f"{error.least / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
             what, way = (
-                f"{share:.3f} of it is the least, {least}",
-                f"ask for less: {math.ceil(share * 1e3) / 1e3:.3f} of it or more",
+                f"{reachable:.3f} of it is the least, {least}",
+                f"ask for less: {math.ceil(reachable * 1e3) / 1e3:.3f} of it or more",
             )
         return TargetMissedError(
-            f"{aim:.3g} of the {self.wish.kind} cannot be reached ({whole}): {what}",
+            f"{share:.3g} of the {self.wish.kind} cannot be reached ({whole}): {what}",
             where=self.wish.kind,
             help=f"{way}, or allow more choices (channels, ranks, blocks; skip=())",
         )
