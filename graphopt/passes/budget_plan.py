@@ -15,6 +15,8 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.figures import drawing
 from graphopt.passes.prune_plan import GroupPlan, SkippedGroup, check_digest
 
+_MOST_NAMED = 8
+"""Changes that a report names."""
 _MOST_SKIPPED = 6
 """Reasons that are printed, the most frequent first."""
 
@@ -167,7 +169,16 @@ class BudgetPlan:
         last = self.tries[-1]
         found = f"predicted {last.predicted:.3f}, measured {last.measured:.3f}"
         gap = f", gap {last.gap:.1%}" if last.gap > 1e-4 else ""
-        return [f"{head}: {found} ({self.solver}{gap}, {len(self.tries)} built); {', '.join(went) or 'nothing goes'}"]
+        told = f"{head}: {found} ({self.solver}{gap}, {len(self.tries)} built); {', '.join(went) or 'nothing goes'}"
+        return [told, *self._named()]
+
+    def _named(self) -> list[str]:
+        """One line that names what goes, the first of it."""
+        parts = [f"{one.name} {one.units} -> {one.kept}" for one in self.groups if one.removed]
+        parts += [f"{one.node} {one.form} {one.rank} of {one.full}" for one in self.ranks]
+        parts = [*(f"block {name}" for name in self.dropped), *parts]
+        more = [f"and {len(parts) - _MOST_NAMED} more (`graphopt plan`, --json)"] if len(parts) > _MOST_NAMED else []
+        return [f"  what goes: {'; '.join([*parts[:_MOST_NAMED], *more])}"] if parts else []
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw what is left of each group, layer and block, in the order of the graph.
@@ -199,7 +210,7 @@ class BudgetPlan:
 
     def __str__(self) -> str:
         unit = f"{self.whole / 1e3:.2f} ms" if self.kind == "latency" else f"{self.whole:,.0f} {self.kind}"
-        lines = [*self.summary(), f"of {unit}; inputs: {self.source or 'none'}; then {self.compensation}"]
+        lines = [self.summary()[0], f"of {unit}; inputs: {self.source or 'none'}; then {self.compensation}"]
         width = max((len(group.name) for group in self.groups), default=0)
         lines += [
             f"  {group.name:{width}}  {group.role}  {group.units} -> {group.kept}"

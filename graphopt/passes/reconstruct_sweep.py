@@ -252,7 +252,9 @@ class Sweep:
             if tail.other is not None and self.damaged.pending(tail.other) & waiting - {linear.node}:
                 continue  # the other branch is not rebuilt yet, and will take up what this one leaves
             return Site(rows, tail, self.damaged, self.reference, self._known[tail.value.name], self.origin)
-        raise DeclinedError("what it made before is not known", linear.node)
+        is_new = linear.result.name not in self._known  # the inner layer of a chain that a pass has put in
+        why = "it is new in the graph, and nothing says what it should make" if is_new else "what it made is not known"
+        raise DeclinedError(why, linear.node)
 
     def _check(self, site: Site) -> None:
         linear, wanted = site.linear, site.wanted(0)
