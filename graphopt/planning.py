@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import RecipeError
+from graphopt.errors import GraphoptError, RecipeError
 from graphopt.export.inspect import bound_sizes
 from graphopt.inputs.calibration import Calibration
 from graphopt.inputs.probes import InputSpec, check_specs, runnable_sizes
@@ -134,6 +134,12 @@ def diagnose_recipe(
         if isinstance(single, Quantize):
             model = single.unquantized(model, context)
             plan = replace(single, measure=False).plan(model, context)
+            if not plan.tensors:
+                raise GraphoptError(
+                    "nothing of this model would be quantized, so there is nothing to compare",
+                    where=model.graph.name,
+                    help="a model that is quantized already: --set quantize.requantize=true diagnoses it anew",
+                )
             batches = context.inputs(model, "probes" if calibration is None else "calibration", samples).batches
             return diagnose(model, plan, batches, measure=measure, threads=threads)
         single.run(model, context)

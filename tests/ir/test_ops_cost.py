@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import one_node_model, run_one_node, site_of
 
+import graphopt
+from graphopt.ir.cost import cost
 from graphopt.ir.ops import default_table
 from graphopt.ir.ops.families import MICROSOFT
 from graphopt.ir.ops.row import Site, UnknownShapeError
@@ -206,3 +209,12 @@ def test_a_missing_shape_is_an_unknown_cost_not_a_guess() -> None:
     site = site_of(one_node_model("MatMul", arrays), arrays)
     with pytest.raises(UnknownShapeError, match="output 0 of MatMul"):
         macs(site)
+
+
+def test_attention_that_does_not_say_its_heads_is_unknown() -> None:
+    """Such a node is not valid; the file is still read, so that it can be looked at."""
+    text = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        g (float[1,4,8] x, float[8,24] w, float[24] b) => (float[1,4,8] y) { y = com.microsoft.Attention (x, w, b) }"""
+    found = cost(graphopt.load(ir.from_onnx_text(text)))
+    assert [entry.known for entry in found.nodes] == [False]
+    assert "num_heads is missing" in (found.nodes[0].unknown or "")

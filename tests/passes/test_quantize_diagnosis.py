@@ -368,3 +368,11 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit) as done:
             main([*common, *wrong])
         assert done.value.code == 2
+
+
+def test_a_quantized_model_says_so() -> None:
+    quantized = outlier()
+    Quantize(search=False).rewrite(quantized, Context())
+    with pytest.raises(GraphoptError, match="nothing of this model would be quantized") as caught:
+        diagnose_recipe(quantized, recipe=[Quantize()])
+    assert "requantize" in (caught.value.help or "")

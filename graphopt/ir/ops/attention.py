@@ -54,14 +54,14 @@ def standard_heads(site: Site) -> Heads:
     past = _past_length(site, 4)
     if len(query) == 4:
         return Heads(query[0], query[1], key[1], query[2], past + key[2], query[3], value[3])
-    heads = int(site.attribute("q_num_heads"))
-    shared = int(site.attribute("kv_num_heads"))
+    heads = _count(site, "q_num_heads")
+    shared = _count(site, "kv_num_heads")
     return Heads(query[0], heads, shared, query[1], past + key[1], query[2] // heads, value[2] // shared)
 
 
 def multi_head_heads(site: Site) -> Heads:
     """com.microsoft MultiHeadAttention; packed as [batch, length, heads, 3, width] (QKV) or with 2 (KV)."""
-    heads = int(site.attribute("num_heads"))
+    heads = _count(site, "num_heads")
     query, key, value = site.input_shape(0), _optional_shape(site, 1), _optional_shape(site, 2)
     past = _past_length(site, 6)
     if len(query) == 5:
@@ -84,7 +84,7 @@ def grouped_query_heads(site: Site) -> Heads:
     The past buffer may be longer than what is filled: total_sequence_length (input 6) says how many keys
     count.
     """
-    heads, shared = int(site.attribute("num_heads")), int(site.attribute("kv_num_heads"))
+    heads, shared = _count(site, "num_heads"), _count(site, "kv_num_heads")
     query = site.input_shape(0)
     packed = site.node.inputs[1] is None
     width = query[2] // (heads + 2 * shared if packed else heads)
@@ -122,9 +122,17 @@ def projected_attention_macs(site: Site, past: int) -> int:
     return elements(site.input_shape(0)[:2]) * elements(site.input_shape(1)) + _projected_heads(site, past).macs
 
 
+def _count(site: Site, name: str) -> int:
+    """A number of heads. Raises `UnknownShapeError` where the node, which is not valid then, does not say it."""
+    found = site.attribute(name)
+    if found is None or int(found) < 1:
+        raise UnknownShapeError(site.node, f"the heads ({name} is missing)")
+    return int(found)
+
+
 def _projected_heads(site: Site, past: int) -> Heads:
     """com.microsoft Attention and QAttention: X [batch, length, input], weight [input, Q + K + V]."""
-    data, weight, heads = site.input_shape(0), site.input_shape(1), int(site.attribute("num_heads"))
+    data, weight, heads = site.input_shape(0), site.input_shape(1), _count(site, "num_heads")
     sizes = site.attribute("qkv_hidden_sizes") or [weight[1] // 3] * 3
     keys = data[1] + _past_length(site, past, axis=3)
     return Heads(data[0], heads, heads, data[1], keys, sizes[0] // heads, sizes[2] // heads)
@@ -172,7 +180,7 @@ def linear_attention_shape(site: Site) -> list[Shape]:
 
 
 def _linear_sizes(site: Site) -> tuple[int, int, int, int]:
-    queries, keys = int(site.attribute("q_num_heads")), int(site.attribute("kv_num_heads"))
+    queries, keys = _count(site, "q_num_heads"), _count(site, "kv_num_heads")
     return queries, keys, site.input_shape(0)[2] // queries, site.input_shape(2)[2] // keys
 
 
