@@ -48,7 +48,7 @@ STRATEGIES: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
 )
 """Name, criterion, allocation and its options."""
 RECOVERED_RATIO = 0.5
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-3
 
 
 def forms(setting: Setting) -> Iterator[Row]:
