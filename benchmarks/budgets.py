@@ -71,12 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.models if options.models != MODELS else MODELS[:1]
     results = Results("budgets", "accuracy at a share of the latency", options.command, options.complete)
     for name in chosen:
-        rows = list(measure(name, options))
+        rows: list[Row] = []
+        for row in measure(name, options):
+            progress(" ".join(f"{key} {value}" for key, value in row.items()))
+            rows.append(row)
         results.rows += rows
         results.goals += goals(name, rows)
-        if options.complete:
-            draw(rows)
     results.show_and_write(COLUMNS)
+    if options.complete:
+        PICTURE.parent.mkdir(parents=True, exist_ok=True)
+        draw(results.rows)
 
 
 def measure(name: str, options: Options) -> Iterator[Row]:
