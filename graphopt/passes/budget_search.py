@@ -360,7 +360,8 @@ class BudgetSearch:
     ) -> ir.Model | None:
         try:
             return self.built(selection, forms, ())
-        except GraphoptError:
+        except GraphoptError as error:  # its widths or chains are predicted from the others, or never pay
+            self.notes.append(f"a variant could not be built, and its latency was not measured: {error.what}")
             return None
 
     def built(

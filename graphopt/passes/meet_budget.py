@@ -60,7 +60,8 @@ class MeetBudget(Pass):
     present state (after Shen et al. 2022, "Structural Pruning via Latency-Saliency Knapsack", arXiv 2210.06659),
     "collaborative" as Collaborative Compression does, without blocks (Li et al. 2021, arXiv 2105.11228). The solution
     is built and measured beside the model; where it is over the budget, or far below, it is solved again with the error
-    taken into account. What is returned was measured within the budget.
+    taken into account. What is taken was measured within the budget, before the compensation, which adds biases at
+    most; `graphopt.optimize` measures its final result once more.
 
     Options:
         latency: the share of the latency that may be left, in (0, 1]; 0.7 where nothing is asked for.
