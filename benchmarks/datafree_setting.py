@@ -135,7 +135,7 @@ class Net:
 
         So a run that was stopped goes on where it was.
         """
-        parts = (self.name, variant, dict(self.effort), len(self.images), len(self.test[1]), _code())
+        parts = (self.name, variant, dict(self.effort), len(self.images), len(self.test[1]), code_digest())
         key = storage_key(model_digest(damaged) + model_digest(self.model), parts)
         store = Measurements(CACHE)
         known = store.read(key)
@@ -213,7 +213,7 @@ class Setting:
 
 
 @cache
-def _code() -> str:
+def code_digest() -> str:
     """A digest of the package: figures of other code are none of this one."""
     found = hashlib.sha256()
     for file in sorted(Path(graphopt.__file__).parent.rglob("*.py")):

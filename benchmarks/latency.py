@@ -26,7 +26,8 @@ from graphopt.ir.removal import remove_channels
 from graphopt.passes.prune_groups import DEFAULT_SKIP, choose
 from graphopt.search.contract import Candidate
 from graphopt.search.costs import CostModel
-from graphopt.search.latency_model import Variant, measure_latency
+from graphopt.search.latency_model import Variant
+from graphopt.search.latency_variants import measure_latency
 from graphopt.search.rounding import unit_step
 
 MODELS = ("resnet50", "mobilenetv2", "vit-s", "bert-base")

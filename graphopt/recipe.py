@@ -49,6 +49,7 @@ _LOSSY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prune": (("prune-channels",), ()),
     "prune-int8": (("prune-channels",), ("quantize", "fold-reconstruction")),
     "latency": (("meet-budget",), ()),
+    "latency-int8": (("meet-budget",), ()),
     "collaborative": (("meet-budget",), ()),
 }
 """For each preset what makes the network smaller, between `_FIRST` and `_EXACT`, and what stands between `_EXACT` and
@@ -61,6 +62,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "int4-weights": {"fold-constants": {"growth": 0.0}, "quantize": {"form": "weights", "weight_bits": 4}},
     "prune": {"prune-channels": {"compensation": "least-squares"}},
     "prune-int8": {"prune-channels": {"compensation": "least-squares"}},
+    "latency-int8": {"meet-budget": {"choices": ("channels", "ranks", "blocks", "int8")}},
     "collaborative": {"meet-budget": {"solver": "collaborative", "choices": ("channels", "ranks")}},
 }
 """Options of the passes of a preset that are not the defaults."""
@@ -136,8 +138,9 @@ def preset(name: str) -> Recipe:
     `default` is `int8` under a guard that keeps a lossy pass only where its outputs stay near the original (or the
     user's metric does). `prune` removes 30 % of the units of every group and rebuilds what they did, before the exact
     passes, which would hide BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and
-    rebuilds what rounding did. `latency` leaves 70 % of the measured latency: channels, ranks and blocks in one solve;
-    `collaborative` decides channels and ranks as Collaborative Compression does.
+    rebuilds what rounding did. `latency` leaves 70 % of the measured latency: channels, ranks and blocks in one solve; in
+    `latency-int8` each operator may compute on integers, too; `collaborative` decides channels and ranks as
+    Collaborative Compression does.
     `int8-qat` trains in the form of `int8` before it is written, `int4-qat` with weights of 4 bits.
     `int4-weights` stores weights as 4-bit integers and computes in floats; only passes that leave weights in their file
     come before.

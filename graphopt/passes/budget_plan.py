@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,21 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class IntegerPlan:
+    """An operator that could compute on integers of 8 bits.
+
+    Attributes:
+        node: name of the operator.
+        loss: what the outputs lose when it alone does.
+        taken: whether it does.
+    """
+
+    node: str
+    loss: float
+    taken: bool
+
+
+@dataclass(frozen=True)
 class Try:
     """One solution that was built and looked at.
 
@@ -90,6 +105,8 @@ class BudgetPlan:
         solver: what decided.
         tries: what was built and looked at, the last one is the plan.
         source: where inputs came from and why; empty where none were used.
+        integers: the operators that could compute on integers, those that stay on floats included.
+        integer_form: how, see `graphopt.passes.quantize.Quantize.form`.
         compensation: the form of `fold-reconstruction` that follows, "none" for none.
         notes: what the user should know; sentences.
 
@@ -110,6 +127,8 @@ class BudgetPlan:
     solver: str = ""
     tries: tuple[Try, ...] = ()
     source: str = ""
+    integers: tuple[IntegerPlan, ...] = ()
+    integer_form: str = "auto"
     compensation: str = "none"
     notes: tuple[str, ...] = ()
 
@@ -124,9 +143,14 @@ class BudgetPlan:
         return tuple(block.name for block in self.blocks if block.dropped)
 
     @property
+    def on_integers(self) -> tuple[str, ...]:
+        """Names of the operators that compute on integers, in the order of the graph."""
+        return tuple(one.node for one in self.integers if one.taken)
+
+    @property
     def is_empty(self) -> bool:
         """Whether the model stays as it is."""
-        return not (self.selection or self.ranks or self.dropped)
+        return not (self.selection or self.ranks or self.dropped or self.on_integers)
 
     def check(self, model: ir.Model) -> None:
         """Raise `GraphoptError` unless this is the model that the plan was made for."""
@@ -147,7 +171,14 @@ class BudgetPlan:
         if unknown:
             raise GraphoptError(f"a plan has no field {unknown[0]!r}", help="pass what `BudgetPlan.to_json` returned")
         values = dict(data)
-        parts = {"groups": _group, "ranks": RankPlan, "blocks": BlockPlan, "skipped": SkippedGroup, "tries": Try}
+        parts: dict[str, Callable[..., Any]] = {
+            "groups": _group,
+            "ranks": RankPlan,
+            "blocks": BlockPlan,
+            "skipped": SkippedGroup,
+            "tries": Try,
+        }
+        parts |= {"integers": IntegerPlan}
         try:
             for name, kind in parts.items():
                 values[name] = tuple(kind(**one) for one in values.get(name, ()))
@@ -164,6 +195,7 @@ class BudgetPlan:
         went += [f"{len(self.ranks)} layers taken apart"] if self.ranks else []
         went += [f"{len(self.dropped)} of {len(self.blocks)} blocks dropped"] if self.dropped else []
         head = f"{self.kind} to {self.asked:.3g}"
+        went += [f"{len(self.on_integers)} of {len(self.integers)} operators on integers"] if self.on_integers else []
         if not self.tries:
             return [f"{head}: nothing goes"]
         last = self.tries[-1]
@@ -221,6 +253,9 @@ class BudgetPlan:
         lines += [
             f"  block {one.name} {'dropped' if one.dropped else 'stays'} (loss {one.loss:.3g})" for one in self.blocks
         ]
+        if self.integers:
+            lines.append(f"  on integers ({self.integer_form}): {', '.join(self.on_integers) or 'nothing'}")
+            lines.append(f"  on floats: {', '.join(one.node for one in self.integers if not one.taken) or 'nothing'}")
         reasons = Counter(group.reason for group in self.skipped)
         lines += [f"  {count} groups stay: {reason}" for reason, count in reasons.most_common(_MOST_SKIPPED)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -24,6 +24,7 @@ from graphopt.ir.regions import Region, drop_regions, regions
 from graphopt.ir.removal import remove_channels
 from graphopt.ir.session import Feeds, open_session
 from graphopt.ir.timing import interleave
+from graphopt.passes.budget_integers import IntegerOperators
 from graphopt.passes.budget_plan import Try
 from graphopt.passes.contract import Context
 from graphopt.passes.decompose import Decompose
@@ -35,15 +36,18 @@ from graphopt.search import Candidate, CostModel, Costs, unit_step
 from graphopt.search.block_losses import block_losses
 from graphopt.search.collaborative import Collaborative, Collaborator
 from graphopt.search.collaborative_surrogates import Surrogate
+from graphopt.search.integers import IntegerForms
 from graphopt.search.joint import Block, JointProblem
 from graphopt.search.knapsack import solve_knapsack
-from graphopt.search.latency_model import measure_latency
+from graphopt.search.latency_model import Variant
+from graphopt.search.latency_variants import measure_latency
 from graphopt.search.layer_forms import LayerForm, LayerForms, low_rank_form
 from graphopt.search.milp import solve_milp
 from graphopt.search.node_costs import CountedCosts, NodeCosting
 
-CHANNELS, RANKS, BLOCKS = "channels", "ranks", "blocks"
-CHOICES = (CHANNELS, RANKS, BLOCKS)
+CHANNELS, RANKS, BLOCKS, INTEGERS = "channels", "ranks", "blocks", "int8"
+DEFAULT_CHOICES = (CHANNELS, RANKS, BLOCKS)
+CHOICES = (*DEFAULT_CHOICES, INTEGERS)
 """What may be decided."""
 LATENCY = "latency"
 COLLABORATIVE, SEQUENCE = "collaborative", "sequence"
@@ -55,7 +59,8 @@ NEAR = 0.02
 """How far below the budget a solution may be, relative to it, without another try to use more of it."""
 _MARGIN = 0.004
 """How far below the budget what was over it is aimed at next, relative to it."""
-_TIMING_SECONDS, _FIT_SECONDS = 2.0, 24.0
+_TIMING_SECONDS, _FIT_SECONDS, _INTEGER_SECONDS = 2.0, 24.0, 24.0
+"""Of one timing, of the latencies at several widths and ranks, and of those on integers."""
 _BLOCK_SAMPLES = 64
 
 
@@ -94,12 +99,14 @@ class Found:
         selection: units by group.
         forms: by node.
         dropped: names of regions.
+        integers: names of operators.
         last: what it costs and loses.
     """
 
     selection: Mapping[str, tuple[int, ...]]
     forms: Mapping[str, LayerForm]
     dropped: tuple[str, ...]
+    integers: frozenset[str]
     last: Try
 
 
@@ -115,6 +122,7 @@ class BudgetSearch:
         candidates: groups that may lose units.
         blocks: that may go, with what would be lost.
         forms: that layers may have.
+        integers: what may compute on integers; None where that is no choice.
         notes: sentences about the measurements.
     """
 
@@ -163,6 +171,7 @@ class BudgetSearch:
         self._regions = {region.name: region for region in self._outermost()}
         losses = block_losses(model, list(self._regions.values()), inputs, threads=threads) if self._regions else {}
         self.blocks = tuple(Block(name, self._nodes_of(region), losses[name]) for name, region in self._regions.items())
+        self.integers = IntegerOperators(model, inputs, context) if INTEGERS in wish.choices else None
         self._feeds: Feeds = probe_feeds(model, sizes=self._sizes, specs=context.specs)[0] if self._is_timed else {}
         self._problem = self._stated()
 
@@ -218,16 +227,18 @@ class BudgetSearch:
     def _stated(self) -> JointProblem:
         low_rank = RANKS in self.wish.choices
         self.forms = LayerForms(self._tables, self._collaborator.states, self._costs, self.wish.round_to)
+        integers = IntegerForms() if self.integers is None else self.integers.forms
         if self._is_timed:
             node_costs = measure_latency(
                 self._costs,
                 self.candidates,
                 self._feeds,
                 forms=self.forms if low_rank else None,
-                build=lambda removed, forms: self._built_or_none(self._selection(removed), forms),
+                integers=integers,
+                build=self._variant,
                 target=self._context.target,
                 threads=self._context.threads,
-                seconds=_FIT_SECONDS,
+                seconds=_FIT_SECONDS + (_INTEGER_SECONDS if integers.losses else 0.0),
                 seed=self.wish.seed,
                 progress=self._context.progress,
             )
@@ -235,7 +246,7 @@ class BudgetSearch:
         else:
             node_costs = CountedCosts(self._costs, self.wish.kind, self.forms)
         self._collaborator.costing = NodeCosting(self._tables.layers, self._costs, node_costs)
-        problem = JointProblem(self.candidates, self.forms, node_costs, self.blocks, low_rank)
+        problem = JointProblem(self.candidates, self.forms, node_costs, self.blocks, low_rank, integers)
         self.whole = node_costs.fixed + sum(node_costs.at(node, {}) for node in node_costs.places)
         return problem
 
@@ -245,7 +256,9 @@ class BudgetSearch:
         other.wish = replace(self.wish, choices=choices, solver=solver)
         other.blocks = self.blocks if BLOCKS in choices else ()
         other._how = replace(self._how, mode=other._mode)
-        other._problem = replace(self._problem, blocks=other.blocks, low_rank=RANKS in choices)
+        other.integers = self.integers if INTEGERS in choices else None
+        integers = IntegerForms() if other.integers is None else other.integers.forms
+        other._problem = replace(self._problem, blocks=other.blocks, low_rank=RANKS in choices, integers=integers)
         return other
 
     def predicted(self, removed: Mapping[str, int]) -> float:
@@ -297,14 +310,23 @@ class BudgetSearch:
 
     def _attempt(self, aim: float, share: float, *, reached: bool) -> Found | None:
         """One solution and what it measures; None where there is none and an earlier one will do."""
+        by_steps = self.wish.solver in (COLLABORATIVE, SEQUENCE)
         try:
-            by_steps = self.wish.solver in (COLLABORATIVE, SEQUENCE)
             found = self._collaborated(aim) if by_steps else self._solved(aim)
         except TargetMissedError as error:
             if reached:
                 return None
-            raise self._unreachable(share, error) from error
-        graph = self.built(found.selection, found.forms, found.dropped)
+            if by_steps or error.least is None or not self._is_timed or aim * self.whole >= error.least:
+                raise self._unreachable(share, error) from error
+            found = self._solved(error.least * (1 + _MARGIN) / self.whole)  # predictions err, so the least is measured
+            found = self._measured(found)
+            if found.last.measured > share:
+                raise self._unreachable(share, error, found.last.measured) from error
+            return found
+        return self._measured(found)
+
+    def _measured(self, found: Found) -> Found:
+        graph = self.built(found.selection, found.forms, found.dropped, found.integers)
         return replace(found, last=replace(found.last, measured=self._share_of(graph)))
 
     def _solved(self, aim: float) -> Found:
@@ -322,7 +344,7 @@ class BudgetSearch:
             assignment.seconds,
             assignment.note or "",
         )
-        return Found(self._selection(taken.removed), taken.forms, taken.dropped, last)
+        return Found(self._selection(taken.removed), taken.forms, taken.dropped, taken.integers, last)
 
     def _collaborated(self, aim: float) -> Found:
         start = time.perf_counter()
@@ -332,15 +354,15 @@ class BudgetSearch:
         forms = {node: LayerForm(low_rank_form(layers[node]), rank) for node, rank in found.ranks.items()}
         removed = {name: len(units) for name, units in found.selection.items()}
         forms = {node: form for node, form in forms.items() if self.forms.fits(node, removed, form)}
-        return Found(found.selection, forms, (), last)
+        return Found(found.selection, forms, (), frozenset(), last)
 
-    def _unreachable(self, share: float, error: TargetMissedError) -> TargetMissedError:
+    def _unreachable(self, share: float, error: TargetMissedError, measured: float | None = None) -> TargetMissedError:
         """The same in shares of the whole, and for latencies in milliseconds, as budgets are given."""
         whole = f"{self.whole / 1e3:.4g} ms is the whole" if self._is_timed else f"{self.whole:,.0f} is the whole"
         what, way = error.what, "ask for less"
         if error.least is not None:
-            reachable = error.least / self.whole
-            least = f"{error.least / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
+            reachable = error.least / self.whole if measured is None else measured
+            least = f"{reachable * self.whole / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
             what, way = (
                 f"{reachable:.3f} of it is the least, {least}",
                 f"ask for less: {math.ceil(reachable * 1e3) / 1e3:.3f} of it or more",
@@ -355,25 +377,32 @@ class BudgetSearch:
         orders = self._tables.orders
         return {name: tuple(sorted(map(int, orders[name][:count]))) for name, count in removed.items() if count}
 
-    def _built_or_none(
-        self, selection: Mapping[str, tuple[int, ...]], forms: Mapping[str, LayerForm]
-    ) -> ir.Model | None:
+    def _variant(self, variant: Variant) -> tuple[ir.Model, Variant] | None:
         try:
-            return self.built(selection, forms, ())
+            graph = self.built(self._selection(variant.removed), variant.forms, ())
+            if not variant.integers or self.integers is None:
+                return graph, variant
+            graph, integers = self.integers.timed(graph, variant.integers)
+            return graph, replace(variant, integers=integers)
         except GraphoptError as error:  # its widths or chains are predicted from the others, or never pay
             self.notes.append(f"a variant could not be built, and its latency was not measured: {error.what}")
             return None
 
     def built(
-        self, selection: Mapping[str, tuple[int, ...]], forms: Mapping[str, LayerForm], dropped: Sequence[str]
+        self,
+        selection: Mapping[str, tuple[int, ...]],
+        forms: Mapping[str, LayerForm],
+        dropped: Sequence[str],
+        integers: Collection[str] = (),
     ) -> ir.Model:
-        """The model without these units and blocks, with layers of these forms; nothing is made up for."""
+        """The model without these units and blocks, with layers of these forms and operators on integers; nothing is
+        made up for."""
         graph = cut(self.model, self._groups, selection, [self._regions[name] for name in dropped])
         if forms:
             by_hand = {node: (form.form, form.rank) for node, form in forms.items()}
             plan = DecomposePlan.by_hand(graph, by_hand, compensation=False)
             Decompose(source="none").apply(graph, plan, self._context.silent())
-        return graph
+        return self.integers.timed(graph, integers)[0] if integers and self.integers is not None else graph
 
     def _share_of(self, graph: ir.Model) -> float:
         if not self._is_timed:

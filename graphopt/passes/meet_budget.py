@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -16,10 +16,13 @@ from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.ir.regions import regions
-from graphopt.passes.budget_plan import BlockPlan, BudgetPlan, RankPlan, Try
+from graphopt.passes.budget_integers import quantize_chosen
+from graphopt.passes.budget_plan import BlockPlan, BudgetPlan, IntegerPlan, RankPlan, Try
 from graphopt.passes.budget_search import (
     CHANNELS,
     CHOICES,
+    DEFAULT_CHOICES,
+    INTEGERS,
     LATENCY,
     NEAR,
     SOLVERS,
@@ -67,8 +70,9 @@ class MeetBudget(Pass):
         latency: the share of the latency that may be left, in (0, 1]; 0.7 where nothing is asked for.
         latency_ms: the same in milliseconds of a run at the sizes of the example inputs.
         macs, params, bytes: the same of multiply-accumulates, parameters, bytes of weights. One of the five.
-        choices: what may be decided, of "channels", "ranks" and "blocks" (residual branches that a shortcut can stand
-            for).
+        choices: what may be decided, of "channels", "ranks", "blocks" (residual branches that a shortcut can stand
+            for) and "int8" (which operators compute on integers; with budgets of latency and bytes, and the solvers
+            "milp" and "knapsack"). The first three if nothing is said.
         solver: "milp", "knapsack", "collaborative", or "sequence": channels for half of the saving, then ranks.
         surrogate: what a layer is worth, in `graphopt.search.collaborative_surrogates.SURROGATES`: "second-order" (on
             inputs, no gradients), "gradient" (torch), "magnitude" (weights alone).
@@ -111,7 +115,7 @@ class MeetBudget(Pass):
     macs: float | None = None
     params: float | None = None
     bytes: float | None = None
-    choices: tuple[str, ...] = CHOICES
+    choices: tuple[str, ...] = DEFAULT_CHOICES
     solver: str = "milp"
     surrogate: str | Surrogate = "second-order"
     round_to: int | None = None
@@ -152,6 +156,14 @@ class MeetBudget(Pass):
             raise GraphoptError(f"unknown source {self.source!r}", help=f"one of {', '.join(SOURCES)}")
         if not self.seconds > 0:
             raise GraphoptError(f"seconds is {self.seconds}", help="give a number above 0: 20 is the default")
+        if INTEGERS in self.choices and (self.kind in ("macs", "params") or self.solver not in ("milp", "knapsack")):
+            raise GraphoptError(
+                f"choices names {INTEGERS!r}, which saves no {self.kind}"
+                if self.kind in ("macs", "params")
+                else f"the solver {self.solver!r} does not decide about {INTEGERS!r}",
+                where="choices",
+                help="ask for latency or bytes, with the solver milp or knapsack",
+            )
         surrogate(self.surrogate)
         check_seed(self.seed)
         check_round_to(self.round_to)
@@ -245,6 +257,7 @@ class MeetBudget(Pass):
             solver=search.wish.solver,
             tries=tries,
             source=search.inputs.sentence,
+            **self._integer_plans(search, found),
             compensation=self.compensation,
             notes=(*search.notes, *_unused(share, tries)),
         )
@@ -285,6 +298,14 @@ class MeetBudget(Pass):
             for one in search.candidates
         )
 
+    @staticmethod
+    def _integer_plans(search: BudgetSearch, found: Found) -> dict[str, Any]:
+        if search.integers is None:
+            return {}
+        losses = search.integers.forms.losses
+        plans = tuple(IntegerPlan(node, loss, node in found.integers) for node, loss in losses.items())
+        return {"integers": plans, "integer_form": search.integers.form}
+
     def apply(self, model: ir.Model, plan: BudgetPlan, context: Context | None = None) -> None:
         """Rewrite `model` in place as the plan says.
 
@@ -321,6 +342,11 @@ class MeetBudget(Pass):
             )
             Decompose(source=self.source, samples=self.samples).apply(graph, by_hand, context)
         self._rebuild(graph, plan, context)
+        if plan.on_integers:
+            batches = list(context.inputs(model, self.source, self.samples).batches)
+            ranges = replace(context, calibration=batches, remarks=[], evidence={})
+            among = {one.node for one in plan.integers}
+            graph, _ = quantize_chosen(graph, plan.integer_form, plan.on_integers, among, ranges)
         model.graph = graph.graph
 
     def _rebuild(self, graph: ir.Model, plan: BudgetPlan, context: Context) -> None:

@@ -48,6 +48,8 @@ Observed = dict[str, tuple[Statistics, str]]
 """Statistics of activations by name, each with the source of the inputs that it was observed on."""
 PLACEMENTS = ("auto", "static", "dynamic", "weights")
 """What may be asked for as `Quantize.form`."""
+_COMPARED = ("auto", "static", "dynamic")
+"""Forms that are timed; the first is taken where nothing is faster."""
 WEIGHT_RANGES = ("auto", "full", "reduced")
 """What may be asked for as `Quantize.weight_range`."""
 
@@ -241,6 +243,28 @@ class Quantize(Pass):
             _remark(plan, self.exclude, context)
         return plan
 
+    def planned(self, model: ir.Model, context: Context, overrides: Overrides = Overrides()) -> QuantizePlan:  # noqa: B008
+        """The plan for a float model in `form` as it is, with some operators decided beforehand, without remarks.
+
+        Args:
+            model: as for `plan`.
+            context: as for `plan`.
+            overrides: what is decided.
+
+        Raises:
+            DataError: the calibration data is empty or does not fit the model.
+        """
+        return self._decide(model, context.silent(), overrides, {})
+
+    def fastest_form(self, model: ir.Model, context: Context) -> str:
+        """Which of "auto", "static" and "dynamic" runs fastest on this machine, everything quantized."""
+        silent, observed = context.silent(), Observed()
+
+        def decide(form: str, overrides: Overrides) -> QuantizePlan:
+            return replace(self, form=form)._decide(model, silent, overrides, observed)
+
+        return fastest(model, _COMPARED, silent, decide=decide, write=self.apply, by_kind=False).form
+
     def unquantized(self, model: ir.Model, context: Context) -> ir.Model:
         """What is planned for: the model itself, or with `requantize` a float copy of one that is quantized already."""
         if not self.requantize or already_quantized(model) is None:
@@ -258,7 +282,7 @@ class Quantize(Pass):
         def decide(form: str, overrides: Overrides) -> QuantizePlan:
             return replace(self, form=form)._decide(model, silent, overrides, observed)
 
-        found = fastest(model, ("auto", "static", "dynamic"), context, decide=decide, write=self.apply)
+        found = fastest(model, _COMPARED, context, decide=decide, write=self.apply)
         context.evidence["speed"] = found
         for line in found.summary():
             context.note("quantize", line, "model")

@@ -102,7 +102,9 @@ class Fastest:
         return [f"fastest form: {self.form}, {self.speed:.2f}x of float{known}" + (f"; {back}" if back else "")]
 
 
-def fastest(model: ir.Model, forms: Sequence[str], context: Context, *, decide: Decide, write: Write) -> Fastest:
+def fastest(
+    model: ir.Model, forms: Sequence[str], context: Context, *, decide: Decide, write: Write, by_kind: bool = True
+) -> Fastest:
     """Find the fastest form, and the operators that are faster in float.
 
     Args:
@@ -111,13 +113,14 @@ def fastest(model: ir.Model, forms: Sequence[str], context: Context, *, decide: 
         context: target, threads and sizes to time for.
         decide: the plan in a form, under overrides.
         write: rewrites a model as a plan says.
+        by_kind: whether operators that are faster in float are looked for.
 
     Returns:
         What was found, from the cache where the same structure was measured on this machine before. Where the model
         does not run on made-up inputs of the sizes in `context`, the first form, and a remark says so.
     """
     store = Measurements()
-    key = _key(model, forms, context, [decide(form, Overrides()) for form in forms])
+    key = _key(model, forms, context, [decide(form, Overrides()) for form in forms], by_kind)
     known = store.read(key)
     if known is not None:
         try:
@@ -125,7 +128,7 @@ def fastest(model: ir.Model, forms: Sequence[str], context: Context, *, decide: 
         except (KeyError, TypeError, ValueError):
             context.note("quantize", "what an earlier call had measured cannot be read, and is measured anew", "model")
     try:
-        found = _Timing(model, context, decide, write).run(forms)
+        found = _Timing(model, context, decide, write).run(forms, by_kind)
     except GraphoptError as error:  # made-up inputs need not suit a model that real ones do
         context.missed("time the forms", error.what, error.where or "model")
         return Fastest(forms[0])
@@ -135,10 +138,11 @@ def fastest(model: ir.Model, forms: Sequence[str], context: Context, *, decide: 
     return found
 
 
-def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequence[QuantizePlan]) -> str:
+def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequence[QuantizePlan], by_kind: bool) -> str:
     """All that a timing depends on; weights do not count, so a fine-tuned network is known."""
     widths = [[(one.node, one.form, one.weight_bits) for one in plan.operators] for plan in plans]
     parts = (print_graph(model), tuple(forms), sorted(context.sizes.items()), context.target, context.threads, widths)
+    parts += () if by_kind else ("forms alone",)
     return hashlib.sha256("\n".join(map(repr, (*parts, *machine_key(context.target)))).encode()).hexdigest()
 
 
@@ -159,8 +163,8 @@ class _Timing:
         once = (time.perf_counter() - start) / 3
         self.seconds = min(max(2 * _ROUNDS * once, _LEAST_SECONDS), _MOST_SECONDS)
 
-    def run(self, forms: Sequence[str]) -> Fastest:
-        """The fastest form, then the kinds of operators that are faster in float."""
+    def run(self, forms: Sequence[str], by_kind: bool) -> Fastest:
+        """The fastest form, then, where asked for, the kinds of operators that are faster in float."""
         best: tuple[float, str, QuantizePlan, Session] | None = None
         seen: list[tuple[OperatorPlan, ...]] = []
         for form in forms:
@@ -175,7 +179,7 @@ class _Timing:
             return Fastest(forms[0], trials=tuple(self.trials))
         speed, chosen, plan, self.best = best
         kept: dict[str, str] = {}
-        for kind, names in kinds(self.model, plan, self.context):
+        for kind, names in kinds(self.model, plan, self.context) if by_kind else ():
             more = dict.fromkeys((name for name in names if name not in kept), f"timed with {kind} in float")
             candidate = self.decide(chosen, Overrides({**kept, **more})) if more else None
             timed = self._time(f"{kind} in float", candidate) if candidate is not None and _compute(candidate) else None

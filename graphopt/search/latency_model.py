@@ -7,42 +7,19 @@ surrounds a node is in its figures.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from scipy.optimize import nnls
 
-from graphopt.errors import SelectionError
-from graphopt.inputs.machine import device
-from graphopt.inputs.measurements import Measurements
-from graphopt.ir.channels import Selection
-from graphopt.ir.removal import remove_channels
-from graphopt.ir.session import Feeds
-from graphopt.ir.text import print_graph
-from graphopt.latency.kernels import KernelProfile, profile_kernels
-from graphopt.search.contract import Candidate
 from graphopt.search.costs import CostModel
+from graphopt.search.integers import Border, IntegerForms
 from graphopt.search.layer_forms import LayerForm, LayerForms
 from graphopt.search.rounding import BLOCK
-
-LEVELS = (1.0, 0.75, 0.5, 0.25)
-"""Shares of the units that variants keep."""
-MIXED = 6
-"""Variants in which each group keeps a share of its own, drawn at random, beside those where all keep the same."""
-_RANK_LEVELS = (0.0, 0.5, 1.0)
-"""Where in the list of its ranks each layer is measured."""
-_AT_ONCE = 3
-"""Variants that are measured in turns with the whole model, which bounds how many sessions are open."""
-
-
-Build = Callable[[Mapping[str, int], Mapping[str, LayerForm]], "ir.Model | None"]
-"""Units gone by group and chains by node to the variant of the model; None where there is no such variant."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +29,27 @@ class Variant:
     Attributes:
         removed: units that are gone, by name of the group.
         forms: of the layers that are taken apart, by name of the node; the chain's nodes begin with that name and "/".
+        integers: names of the nodes that compute on integers.
     """
 
     removed: Mapping[str, int] = field(default_factory=dict[str, int])
     forms: Mapping[str, LayerForm] = field(default_factory=dict[str, LayerForm])
+    integers: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `from_json` takes."""
         forms = {node: [form.form, form.rank] for node, form in self.forms.items()}
-        return {"removed": dict(self.removed), "forms": forms}
+        return {"removed": dict(self.removed), "forms": forms, "integers": sorted(self.integers)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Variant:
         """What `to_json` wrote."""
-        return cls(data["removed"], {node: LayerForm(form, rank) for node, (form, rank) in data["forms"].items()})
+        forms = {node: LayerForm(form, rank) for node, (form, rank) in data["forms"].items()}
+        return cls(data["removed"], forms, frozenset(data["integers"]))
+
+
+Build = Callable[[Variant], "tuple[ir.Model, Variant] | None"]
+"""The graph of a variant, and the variant that it came to be; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +58,35 @@ class Measured:
 
     Attributes:
         variant: which it is.
-        nodes: microseconds of each node, by name.
+        nodes: microseconds of each node of the model by name, with what stands for it in the variant.
         total: microseconds of a run of the whole.
+        conversions: of values that become integers and of those that become floats, elements and microseconds of each.
     """
 
     variant: Variant
     nodes: Mapping[str, float]
     total: float
+    conversions: tuple[Sequence[tuple[float, float]], Sequence[tuple[float, float]]] = ((), ())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `from_json` takes."""
-        return {"variant": self.variant.to_json(), "nodes": dict(self.nodes), "total": self.total}
+        return {
+            "variant": self.variant.to_json(),
+            "nodes": dict(self.nodes),
+            "total": self.total,
+            "conversions": [[list(pair) for pair in kind] for kind in self.conversions],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measured:
         """What `to_json` wrote."""
-        return cls(Variant.from_json(data["variant"]), data["nodes"], data["total"])
-
-    def chain(self, node: str) -> float:
-        """Microseconds of a layer that is taken apart."""
-        return sum(time for name, time in self.nodes.items() if name.startswith(f"{node}/"))
+        inwards, outwards = ([(count, time) for count, time in kind] for kind in data["conversions"])
+        return cls(Variant.from_json(data["variant"]), data["nodes"], data["total"], (inwards, outwards))
 
 
 class LatencyModel:
-    """The latency of a model as a function of how many units of each group are gone, and of the ranks of its layers.
+    """The latency of a model as a function of how many units of each group are gone, of the ranks of its layers, and of
+    which operators compute on integers.
 
     A `graphopt.search.joint.NodeCosts` in microseconds.
 
@@ -113,6 +102,7 @@ class LatencyModel:
         costs: CostModel,
         measured: Sequence[Measured],
         forms: LayerForms | None = None,
+        integers: IntegerForms | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         """Fit the nodes.
@@ -121,70 +111,98 @@ class LatencyModel:
             costs: of the model.
             measured: variants, at least one; the first is the whole model.
             forms: of the layers, where some were measured taken apart.
+            integers: where values are converted, where some were measured on integers.
             notes: of the measurements.
         """
         self.costs, self.notes = costs, tuple(notes)
         self.places: dict[str, tuple[str, ...]] = {}
-        self._forms = forms
-        self._nodes: dict[str, ir.Node] = {}
-        self._dense: dict[str, np.ndarray] = {}
-        self._chains: dict[tuple[str, str], np.ndarray] = {}
+        self._forms, self._borders = forms, () if integers is None else integers.borders
+        self._ends = {end for border in self._borders for end in border.ends}
+        self._nodes = {node.name or "": node for node in costs.groups.analysis.model.graph}
+        self._fits: dict[tuple[str, str, bool], np.ndarray] = {}
+        """By name of the node, name of the form ("" is dense), and whether it computes on integers."""
         self._known: dict[tuple[object, ...], float] = {}
-        self._scale = 1.0
-        for node in costs.groups.analysis.model.graph:
-            self._fit(node, measured)
-        sums = np.array([self._sum(one.variant) for one in measured])
-        self._scale, self.fixed = _line(sums, np.array([one.total for one in measured]))
+        self._scale, self._conversion_scale = 1.0, 1.0
+        for name, node in self._nodes.items():
+            self._fit(name, node, measured)
+        self._conversions = [_conversion_fit(one.conversions[kind] for one in measured) for kind in (0, 1)]
+        sums = np.array([self._computed(one.variant) for one in measured])
+        converted = np.array([self._converted(one.variant) for one in measured])
+        totals = np.array([one.total for one in measured])
+        pure = converted == 0
+        self._scale, self.fixed = _line(sums[pure], totals[pure])
+        self._conversion_scale = _share(converted, totals - self._scale * sums - self.fixed, totals)
         self._known.clear()
 
-    def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
+    def at(
+        self, node: str, removed: Mapping[str, int], form: LayerForm | None = None, *, integer: bool = False
+    ) -> float:
         """Microseconds of a node in a run of the whole, 0 where it is fused into another; see `NodeCosts`.
 
-        A form that was not measured costs what the dense layer does, and never pays.
+        A form that was not measured costs what the dense layer does, one that was not measured on integers what it does
+        in floats: neither pays then.
         """
         if node not in self.places:
             return 0.0
-        key = (node, form, *(removed.get(name, 0) for name in self.places[node]))
+        key = (node, form, integer, *(removed.get(name, 0) for name in self.places[node]))
         if key not in self._known:
-            if form is None or (node, form.form) not in self._chains:
-                time = self._dense[node] @ self._features(self._nodes[node], removed)
+            kind = "" if form is None else form.form
+            known = [(one, is_integer) for one in (kind, "") for is_integer in (integer, False)]
+            own = next(((node, *one) for one in known if (node, *one) in self._fits), (node, "", False))
+            if form is None or not own[1]:
+                features = self._features(self._nodes[node], removed)
             else:
-                time = self._chains[node, form.form] @ self._chain_features(node, removed, form)
-            self._known[key] = self._scale * float(time)
+                features = self._chain_features(node, removed, form)
+            self._known[key] = self._scale * float(self._fits[own] @ features)
         return self._known[key]
+
+    def conversion(self, border: Border, removed: Mapping[str, int], *, to_integers: bool) -> float:
+        """Microseconds that it takes to convert a value; see `NodeCosts`."""
+        shapes = self.costs.shapes(self._nodes[border.node], removed)[0 if border.inwards else 1]
+        elements = math.prod(shapes[border.index] or ())
+        constant, slope = self._conversions[0 if to_integers else 1]
+        return self._conversion_scale * float(constant + slope * elements)
 
     def estimate(self, variant: Variant, without: Container[str] = ()) -> float:
         """Microseconds of a run.
 
         Args:
-            variant: units that are gone, and chains.
+            variant: units that are gone, chains, and what is on integers.
             without: names of nodes that are gone altogether.
         """
-        return self._sum(variant, without) + self.fixed
+        return self._computed(variant, without) + self._converted(variant) + self.fixed
 
-    def _sum(self, variant: Variant, without: Container[str] = ()) -> float:
+    def _computed(self, variant: Variant, without: Container[str] = ()) -> float:
         return sum(
-            self.at(node, variant.removed, variant.forms.get(node)) for node in self.places if node not in without
+            self.at(node, variant.removed, variant.forms.get(node), integer=node in variant.integers)
+            for node in self.places
+            if node not in without
         )
 
-    def _fit(self, node: ir.Node, measured: Sequence[Measured]) -> None:
-        name = node.name or ""
-        dense = [one for one in measured if name not in one.variant.forms]
-        times = np.array([one.nodes.get(name, 0.0) for one in dense])
-        if not times.any():
+    def _converted(self, variant: Variant) -> float:
+        return sum(
+            self.conversion(border, variant.removed, to_integers=to_integers)
+            for border in (self._borders if variant.integers else ())
+            for to_integers in border.conversions(variant.integers)
+        )
+
+    def _fit(self, name: str, node: ir.Node, measured: Sequence[Measured]) -> None:
+        kinds = dict.fromkeys(_kind(one.variant, name) for one in measured)
+        own = {kind: [one for one in measured if _kind(one.variant, name) == kind] for kind in kinds}
+        if not any(one.nodes.get(name) for one in measured) and name not in self._ends:
             return
-        groups = self.costs.groups_around(node)
-        self._nodes[name], self.places[name] = node, groups
-        features = np.array([self._features(node, one.variant.removed) for one in dense])
-        self._dense[name] = _fitted(features if groups else features[:, :1], times, features.shape[1])
-        chains = [one for one in measured if name in one.variant.forms and one.chain(name) > 0]
-        for kind in dict.fromkeys(one.variant.forms[name].form for one in chains):
-            own = [one for one in chains if one.variant.forms[name].form == kind]
-            features = np.array(
-                [self._chain_features(name, one.variant.removed, one.variant.forms[name]) for one in own]
-            )
-            times = np.array([one.chain(name) for one in own])
-            self._chains[name, kind] = _fitted(features, times, features.shape[1])
+        self.places[name] = groups = self.costs.groups_around(node)
+        for (form, integer), several in own.items():
+            times = np.array([one.nodes.get(name, 0.0) for one in several])
+            if not form:
+                features = np.array([self._features(node, one.variant.removed) for one in several])
+                self._fits[name, form, integer] = _fitted(
+                    features if groups else features[:, :1], times, features.shape[1]
+                )
+            elif times.any():
+                chains = [(one.variant.removed, one.variant.forms[name]) for one in several]
+                features = np.array([self._chain_features(name, *chain) for chain in chains])
+                self._fits[name, form, integer] = _fitted(features[times > 0], times[times > 0], features.shape[1])
 
     def _features(self, node: ir.Node, removed: Mapping[str, int]) -> np.ndarray:
         """What the time of a node is made of: 1; MACs, and elements read and written, both of whole blocks of channels
@@ -205,168 +223,26 @@ class LatencyModel:
 def _fitted(features: np.ndarray, times: np.ndarray, width: int) -> np.ndarray:
     """Coefficients, at least 0, with the least relative error: float64 [width]; of features that there are not, 0."""
     sizes = np.maximum(features.max(axis=0), 1e-30)
+    if not times.any():
+        return np.zeros(width)
     weights = 1 / np.maximum(times, float(times[times > 0].min()))
     coefficients, _ = nnls(features / sizes * weights[:, None], times * weights)
     return np.pad(coefficients / sizes, (0, width - features.shape[1]))
 
 
-def variants(candidates: Sequence[Candidate], seed: int = 0) -> list[dict[str, int]]:
-    """Units gone in each of the variants that a latency model is fitted to, the whole model first.
-
-    All groups at each of `LEVELS`, then `MIXED` where each group has a level of its own: every pair of groups that
-    meets in a node so occurs at several pairs of widths.
-
-    Args:
-        candidates: the groups, with the widths that they may be cut to.
-        seed: of what is drawn.
-    """
-    generator = np.random.default_rng(seed)
-    shares = [dict.fromkeys((candidate.name for candidate in candidates), level) for level in LEVELS]
-    names = [candidate.name for candidate in candidates]
-    for _ in range(MIXED):
-        shares.append(dict(zip(names, generator.choice(LEVELS, len(names)).tolist(), strict=True)))
-    found: list[dict[str, int]] = []
-    for share in shares:
-        removed = {
-            candidate.name: candidate.units - _kept(candidate, share[candidate.name]) for candidate in candidates
-        }
-        if removed not in found:
-            found.append(removed)
-    return found
+def _kind(variant: Variant, node: str) -> tuple[str, bool]:
+    """Name of the form that a node has in a variant, "" for dense, and whether it computes on integers."""
+    form = variant.forms.get(node)
+    return "" if form is None else form.form, node in variant.integers
 
 
-def _kept(candidate: Candidate, share: float) -> int:
-    return int(candidate.choices[int(np.abs(candidate.choices - share * candidate.units).argmin())])
-
-
-def measure_latency(
-    costs: CostModel,
-    candidates: Sequence[Candidate],
-    feeds: Feeds,
-    *,
-    forms: LayerForms | None = None,
-    build: Build | None = None,
-    target: str = "cpu",
-    threads: int = 1,
-    seconds: float = 20.0,
-    seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> LatencyModel:
-    """Measure variants of a model, node by node, and fit its latency to them.
-
-    What was measured undisturbed is kept on disk, by the structure of the graph and the machine: the next call measures
-    nothing.
-
-    Args:
-        costs: of the model.
-        candidates: the groups that may be cut.
-        feeds: one set of inputs.
-        forms: that layers may have; `build` is needed then.
-        build: makes a variant; cuts channels alone where not given.
-        target: "cpu", "cuda" or "openvino".
-        threads: intra-op threads, 0 for onnxruntime's default.
-        seconds: about how long to measure.
-        seed: of the widths that are drawn.
-        progress: `progress(done, total, text)`, called before each part of the measurement.
-
-    Raises:
-        DataError, InvalidGraphError, GraphoptError: as `graphopt.latency.kernels.profile_kernels`.
-    """
-    wanted = [Variant(removed) for removed in variants(candidates, seed)[1:]]
-    wanted += _taken_apart(forms) if forms is not None else []
-    store, key = Measurements(), _key(costs.groups.analysis.model, wanted, feeds, target, threads)
-    known = store.read(key)
-    if known is not None:
-        return LatencyModel(costs, [Measured.from_json(one) for one in known], forms)
-    measured, notes = _in_turns(
-        costs, wanted, build or _Cut(costs, candidates), feeds, target, threads, seconds, progress
-    )
-    if not notes:  # what was disturbed is not kept
-        store.write(key, "latency", [one.to_json() for one in measured])
-    return LatencyModel(costs, measured, forms, (*notes, *store.notes))
-
-
-def _key(model: ir.Model, wanted: Sequence[Variant], feeds: Feeds, target: str, threads: int) -> str:
-    """All that the measurement depends on; weights do not count."""
-    shapes = sorted((name, array.dtype.name, array.shape) for name, array in feeds.items())
-    parts = (print_graph(model), [one.to_json() for one in wanted], shapes, target, threads, device(target))
-    return hashlib.sha256("\n".join(map(repr, (*parts, onnxruntime.__version__))).encode()).hexdigest()
-
-
-def _in_turns(
-    costs: CostModel,
-    wanted: Sequence[Variant],
-    make: Build,
-    feeds: Feeds,
-    target: str,
-    threads: int,
-    seconds: float,
-    progress: Callable[[int, int, str], None] | None,
-) -> tuple[list[Measured], tuple[str, ...]]:
-    """The whole model and the variants that can be made, and what to know about the measurement."""
-    model = costs.groups.analysis.model
-    measured: list[Measured] = []
-    notes: dict[str, None] = {}
-    chunks = [wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE)] or [[]]
-    for number, chunk in enumerate(chunks):
-        if progress is not None:
-            progress(number, len(chunks), "measure the latency at several widths")
-        made = [(one, graph) for one in chunk if (graph := make(one.removed, one.forms)) is not None]
-        profiles = profile_kernels(
-            model,
-            feeds,
-            target=target,
-            threads=threads,
-            seconds=seconds / len(chunks),
-            against=[graph for _, graph in made],
-        )
-        notes |= dict.fromkeys(note for profile in profiles for note in profile.notes)
-        drift = measured[0].total / _microseconds(profiles[0]) if measured else 1.0
-        if not measured:
-            measured.append(_measured(Variant(), profiles[0], 1.0))
-        pairs = zip(made, profiles[1:], strict=True)
-        measured += [_measured(one, profile, drift) for (one, _), profile in pairs]
-    return measured, tuple(notes)
-
-
-def _taken_apart(forms: LayerForms) -> list[Variant]:
-    """All layers that have a form, at a few of its ranks; one form after the other."""
-    found: list[Variant] = []
-    for kind in dict.fromkeys(form.form for several in forms.of.values() for form in several):
-        own = {node: [form for form in several if form.form == kind] for node, several in forms.of.items()}
-        for level in _RANK_LEVELS:
-            chosen = {node: several[round(level * (len(several) - 1))] for node, several in own.items() if several}
-            if Variant({}, chosen) not in found:
-                found.append(Variant({}, chosen))
-    return found
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """The model without the lowest units of its groups; None where they cannot go together."""
-
-    costs: CostModel
-    candidates: Sequence[Candidate]
-
-    def __call__(self, removed: Mapping[str, int], forms: Mapping[str, LayerForm]) -> ir.Model | None:
-        selection: Selection = {
-            candidate.name: candidate.lowest(removed[candidate.name])
-            for candidate in self.candidates
-            if removed.get(candidate.name)
-        }
-        try:
-            return remove_channels(self.costs.groups.analysis.model, selection, groups=self.costs.groups)
-        except SelectionError:
-            return None
-
-
-def _microseconds(profile: KernelProfile) -> float:
-    return profile.latency.median * 1e3
-
-
-def _measured(variant: Variant, profile: KernelProfile, drift: float) -> Measured:
-    nodes = {name: time * drift for name, time in profile.by_node().items()}
-    return Measured(variant, nodes, _microseconds(profile) * drift)
+def _conversion_fit(kinds: Iterable[Sequence[tuple[float, float]]]) -> tuple[float, float]:
+    """Microseconds of a conversion, and of each element of it."""
+    pairs = np.array([pair for kind in kinds for pair in kind]).reshape(-1, 2)
+    if not len(pairs):
+        return 0.0, 0.0
+    constant, slope = _fitted(np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1), pairs[:, 1], 2)
+    return float(constant), float(slope)
 
 
 def _line(sums: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
@@ -374,3 +250,12 @@ def _line(sums: np.ndarray, totals: np.ndarray) -> tuple[float, float]:
     size = float(sums.max(initial=1e-9))
     solved, _ = nnls(np.stack([sums, np.full(len(sums), size)], axis=1) / totals[:, None], np.ones(len(totals)))
     return float(solved[0]), float(solved[1] * size)
+
+
+def _share(parts: np.ndarray, rests: np.ndarray, totals: np.ndarray) -> float:
+    """The scale, at least 1, that leads from sums of conversions to what they add to whole runs.
+
+    The kernels of conversions are not all that they cost: layouts change at borders, and what was fused no longer is.
+    """
+    energy = float(np.square(parts / totals).sum())
+    return max(float((parts * rests / np.square(totals)).sum()) / energy, 1.0) if energy > 0 else 1.0

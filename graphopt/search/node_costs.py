@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from graphopt.ir.cost import storage_bytes
+from graphopt.ir.linear import linear_at
 from graphopt.ir.text import subgraphs
 from graphopt.search.collaborative_layers import Costing, Layer
 from graphopt.search.costs import CostModel
+from graphopt.search.integers import Border
 from graphopt.search.joint import NodeCosts
 from graphopt.search.layer_forms import LayerForm, LayerForms, low_rank_form
 
@@ -41,11 +43,15 @@ class CountedCosts:
         self._nodes: dict[str, ir.Node] = {}
         self._weights: dict[str, tuple[int, ...]] = {}
         """Indices of the inputs of a node that are weights and that no node before it reads."""
+        self._rounded: dict[str, int] = {}
+        """Index of the input of a node that is stored as integers, if any is."""
         self._known: dict[tuple[object, ...], float] = {}
         self.places: dict[str, tuple[str, ...]] = {}
         seen: set[ir.Value] = set()
         for name, node in _named(costs.groups.analysis.model.graph):
             self._nodes[name] = node
+            linear = linear_at(node)
+            self._rounded[name] = 0 if linear is None else linear.weight_index
             own = [index for index, value in enumerate(node.inputs) if value is not None and value.is_initializer()]
             self._weights[name] = tuple(index for index in own if node.inputs[index] not in seen)
             seen.update(value for value in node.inputs if value is not None and value.is_initializer())
@@ -53,15 +59,21 @@ class CountedCosts:
                 self.places[name] = costs.groups_around(node)
         self.fixed = costs.whole.get(kind) - sum(self.at(name, {}) for name in self.places)
 
-    def at(self, node: str, removed: Mapping[str, int], form: LayerForm | None = None) -> float:
+    def at(
+        self, node: str, removed: Mapping[str, int], form: LayerForm | None = None, *, integer: bool = False
+    ) -> float:
         """See `NodeCosts`."""
         around = self.places.get(node, ())
-        key = (node, form, *(removed.get(name, 0) for name in around))
+        key = (node, form, integer, *(removed.get(name, 0) for name in around))
         if key not in self._known:
-            self._known[key] = self._counted(node, removed, form)
+            self._known[key] = self._counted(node, removed, form, integer)
         return self._known[key]
 
-    def _counted(self, node: str, removed: Mapping[str, int], form: LayerForm | None) -> float:
+    def conversion(self, border: Border, removed: Mapping[str, int], *, to_integers: bool) -> float:
+        """See `NodeCosts`; what is counted here does not change with it."""
+        return 0.0
+
+    def _counted(self, node: str, removed: Mapping[str, int], form: LayerForm | None, integer: bool) -> float:
         if self._kind == "macs":
             dense = form is None
             return float(
@@ -78,7 +90,9 @@ class CountedCosts:
             layer = self._layers.get(node)
             if form is not None and layer is not None and index == layer.rows.linear.weight_index:
                 elements = self._forms.parameters(node, removed, form)
-            total += elements if self._kind == "params" else storage_bytes(elements, value.dtype)
+            is_rounded = integer and index == self._rounded[node]
+            dtype = ir.DataType.INT8 if is_rounded else value.dtype
+            total += elements if self._kind == "params" else storage_bytes(elements, dtype)
         return total
 
 

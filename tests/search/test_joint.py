@@ -28,7 +28,8 @@ from graphopt.search.budget import Assignment, evaluate
 from graphopt.search.collaborative import Collaborative, Collaborator
 from graphopt.search.joint import Block, JointProblem
 from graphopt.search.knapsack import solve_knapsack
-from graphopt.search.latency_model import LatencyModel, Measured, Variant, measure_latency, variants
+from graphopt.search.latency_model import LatencyModel, Measured, Variant
+from graphopt.search.latency_variants import measure_latency, variants
 from graphopt.search.layer_forms import LayerForm, LayerForms
 from graphopt.search.milp import solve_milp
 from graphopt.search.node_costs import COUNTED, CountedCosts, NodeCosting
@@ -189,8 +190,7 @@ def _measured(setting: Setting, chains: Sequence[LayerForm] = (), slope: float =
     found: list[Measured] = []
     for variant in wanted:
         nodes = {
-            name if name not in variant.forms else f"{name}/factor_0": 5
-            + slope * setting.node_costs.at(name, variant.removed, variant.forms.get(name))
+            name: 5 + slope * setting.node_costs.at(name, variant.removed, variant.forms.get(name))
             for name in setting.node_costs.places
         }
         found.append(Measured(variant, nodes, 1.1 * sum(nodes.values()) + 7))
@@ -216,6 +216,8 @@ def test_chains_cost_what_they_were_measured_to_take(setting: Setting, kind: str
     latency = LatencyModel(setting.costs, _measured(setting, (more, less)), setting.forms)
     without = LatencyModel(setting.costs, _measured(setting))
     assert latency.at(first, {}, less) <= latency.at(first, {}, more)
+    expected = [1.1 * (5 + 2e-3 * setting.node_costs.at(first, {}, form)) for form in (more, less)]
+    assert expected[1] * 0.99 <= latency.at(first, {}, more) <= expected[0] * 1.01, "ranks count in blocks of 16"
     assert without.at(first, {}, less) == without.at(first, {}), "a form that nobody measured is no cheaper"
 
 
@@ -246,18 +248,20 @@ def test_what_was_measured_is_kept_for_this_machine(setting: Setting, monkeypatc
         calls.append(len(against))
         nodes = dict.fromkeys(setting.node_costs.places, 5.0)
         return [
-            SimpleNamespace(by_node=lambda: nodes, latency=SimpleNamespace(median=0.05), notes=())
+            SimpleNamespace(
+                by_node=lambda: nodes, latency=SimpleNamespace(median=0.05), notes=(), cost=SimpleNamespace(nodes=())
+            )
             for _ in (model, *against)
         ]
 
-    monkeypatch.setattr("graphopt.search.latency_model.profile_kernels", profiled)
+    monkeypatch.setattr("graphopt.search.latency_variants.profile_kernels", profiled)
     first = measure_latency(setting.costs, setting.candidates, setting.feeds[0])
     assert calls
     count = len(calls)
     again = measure_latency(setting.costs, setting.candidates, setting.feeds[0])
     assert len(calls) == count
     assert again.estimate(Variant()) == first.estimate(Variant())
-    monkeypatch.setattr("graphopt.search.latency_model.device", lambda target: "another machine")
+    monkeypatch.setattr("graphopt.search.latency_variants.device", lambda target: "another machine")
     measure_latency(setting.costs, setting.candidates, setting.feeds[0])
     assert len(calls) == 2 * count
 
