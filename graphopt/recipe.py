@@ -138,8 +138,8 @@ def preset(name: str) -> Recipe:
     `default` is `int8` under a guard that keeps a lossy pass only where its outputs stay near the original (or the
     user's metric does). `prune` removes 30 % of the units of every group and rebuilds what they did, before the exact
     passes, which would hide BatchNormalization and attention from it. `prune-int8` quantizes the pruned graph, and
-    rebuilds what rounding did. `latency` leaves 70 % of the measured latency: channels, ranks and blocks in one solve; in
-    `latency-int8` each operator may compute on integers, too; `collaborative` decides channels and ranks as
+    rebuilds what rounding did. `latency` leaves 70 % of the measured latency: channels, ranks and blocks in one solve;
+    in `latency-int8` each operator may compute on integers, too; `collaborative` decides channels and ranks as
     Collaborative Compression does.
     `int8-qat` trains in the form of `int8` before it is written, `int4-qat` with weights of 4 bits.
     `int4-weights` stores weights as 4-bit integers and computes in floats; only passes that leave weights in their file
