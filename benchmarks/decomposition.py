@@ -20,7 +20,7 @@ import onnx_ir as ir
 import graphopt
 from benchmarks.datafree_setting import sizes, traced
 from benchmarks.models import cifar10, exported
-from benchmarks.results import Column, Results, Row, progress, read_options
+from benchmarks.results import Column, Goal, Results, Row, progress, read_options
 from benchmarks.training import INPUT, accuracy
 from graphopt.inputs.source import find_inputs
 from graphopt.passes import Context, Decompose, FoldBatchnorm, FoldReconstruction
@@ -61,7 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows:
             results.rows.append(row)
             progress(" ".join(f"{key} {value}" for key, value in row.items()))
+        results.goals += goals(name, results.rows)
     results.show_and_write(COLUMNS)
+
+
+def goals(name: str, rows: Sequence[Row]) -> Iterator[Goal]:
+    """Every share is met, and the forms of the pass in the metric of made-up inputs keep more than a plain channel SVD."""
+    own = [row for row in rows if row["model"] == name and "share" in row]
+    over = [f"{row['form']} {row['left']:.3f} of {row['share']}" for row in own if row.get("left", 0.0) > row["share"]]
+    yield Goal(f"{name}: what is left is within the share asked for", ", ".join(over) or "none is over", not over)
+    top1 = {(row["form"], row["supply"], row["share"]): row["top1"] for row in own if "top1" in row}
+    for share in SHARES:
+        plain, chosen = top1.get(("channel-svd", "none", share)), top1.get(("auto", "probes", share))
+        if plain is not None and chosen is not None:
+            what = f"{name} at {share:.0%} of the MACs: auto in the metric of probes keeps more than a plain channel SVD"
+            yield Goal(what, f"{chosen:.2f} and {plain:.2f} %", chosen > plain)
 
 
 def accuracies(name: str, quick: bool) -> Iterator[Row]:
