@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def goals(name: str, rows: Sequence[Row]) -> Iterator[Goal]:
-    """Every share is met, and the forms of the pass in the metric of made-up inputs keep more than a plain channel SVD."""
+    """Every share is met, and what the pass chooses in the metric of probes keeps more than a plain channel SVD."""
     own = [row for row in rows if row["model"] == name and "share" in row]
     over = [f"{row['form']} {row['left']:.3f} of {row['share']}" for row in own if row.get("left", 0.0) > row["share"]]
     yield Goal(f"{name}: what is left is within the share asked for", ", ".join(over) or "none is over", not over)
@@ -74,7 +74,7 @@ def goals(name: str, rows: Sequence[Row]) -> Iterator[Goal]:
     for share in SHARES:
         plain, chosen = top1.get(("channel-svd", "none", share)), top1.get(("auto", "probes", share))
         if plain is not None and chosen is not None:
-            what = f"{name} at {share:.0%} of the MACs: auto in the metric of probes keeps more than a plain channel SVD"
+            what = f"{name} at {share:.0%} of the MACs: auto on probes keeps more than a plain channel SVD"
             yield Goal(what, f"{chosen:.2f} and {plain:.2f} %", chosen > plain)
 
 
