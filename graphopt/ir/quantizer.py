@@ -16,9 +16,10 @@ class TensorPlan:
     Attributes:
         name: value or initializer in the float model.
         role: "activation", "weight" (of a linear operator) or "constant" (operand of an elementwise operator).
-        bits: width of the integers. Those narrower than 8 bits are stored in 8 unless `storage` says otherwise.
+        bits: width of the integers, 16 at most. Those narrower than 8 bits are stored in 8, wider ones in 16, unless
+            `storage` says otherwise.
             Weights have 7 where a kernel would saturate (`Quantize.weight_range`).
-        signed: int8 rather than uint8.
+        signed: int8 or int16 rather than uint8 or uint16.
         axis: axis along which scales differ, None for one scale.
         scale: one float32 scale, or one for each position on `axis`; > 0. Empty where data is yet to tell it, and
             where a rule makes it from the weight (`Quantize(form="weights")`: there are too many to be listed).
@@ -28,7 +29,7 @@ class TensorPlan:
             of a row may be shorter. Scales and zero points are those of the tensor with `axis` ceil(size / block_size)
             long, in row-major order. 0: scales differ along `axis` alone.
         storage: ONNX element type of the stored integers in lower case ("int4", "uint4", "int2", ...), which may be
-            wider than `bits`; signed integers then use all of their range, -2^(bits-1) included. Empty: int8 or uint8.
+            wider than `bits`; signed integers then use all of their range, -2^(bits-1) included. Empty: 8 or 16 bits.
         rounding: "nearest", or "error-feedback" (each input makes up for what rounding did to those before it).
     """
 
@@ -61,6 +62,8 @@ class TensorPlan:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The NumPy dtype of the integers, unpacked."""
+        if self.bits > 8:
+            return np.dtype(np.int16 if self.signed else np.uint16)
         return np.dtype(np.int8 if self.signed else np.uint8)
 
     def quantize(self, array: np.ndarray) -> np.ndarray:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from graphopt.passes.quantize_apply import apply_plan, linear_operator, weight_a
 from graphopt.passes.quantize_datafree import RANGE_SOURCES, observe_ranges
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import (
+    WIDE,
     Placement,
     already_quantized,
     data_inputs,
@@ -30,7 +30,7 @@ from graphopt.passes.quantize_placement import (
     place,
     scaling_factor,
 )
-from graphopt.passes.quantize_plan import KEPT, Overrides, QuantizePlan
+from graphopt.passes.quantize_plan import Overrides, QuantizePlan, remark
 from graphopt.passes.quantize_ranges import (
     RANGES,
     WEIGHT_SCALES,
@@ -50,6 +50,10 @@ PLACEMENTS = ("auto", "static", "dynamic", "weights")
 """What may be asked for as `Quantize.form`."""
 _COMPARED = ("auto", "static", "dynamic")
 """Forms that are timed; the first is taken where nothing is faster."""
+_WIDE = (
+    "activations have 16 bits: onnxruntime's CPU kernels compute in floats between them, slower than floats alone; "
+    "for targets that have kernels of 16 bits"
+)
 WEIGHT_RANGES = ("auto", "full", "reduced")
 """What may be asked for as `Quantize.weight_range`."""
 
@@ -84,6 +88,8 @@ class Quantize(Pass):
         exclude: shell patterns of node names, weight names or operator types that stay float.
         percentile: percent of the values that "percentile" keeps inside the range.
         bits: width of activations and weights, 2 to 8, stored in 8.
+        activation_bits: width of activations, 2 to 8, None for `bits`; or 16, for targets that compute so, in form
+            "static": onnxruntime's CPU kernels compute in floats between such integers, slower than floats alone.
         weight_bits: width of the weights of linear operators and of tables, None for `bits`.
         measure: whether form "auto" is the one of all forms that runs fastest on this machine, with the operators in
             float that are faster so, timed on the whole graph (`graphopt.passes.quantize_speed`); else rules say it.
@@ -144,6 +150,7 @@ class Quantize(Pass):
     exclude: tuple[str, ...] = ()
     percentile: float = 99.99
     bits: int = 8
+    activation_bits: int | None = None
     weight_range: str = "auto"
     weight_bits: int | None = None
     measure: bool = False
@@ -170,7 +177,13 @@ class Quantize(Pass):
             )
         if not 50.0 < self.percentile <= 100.0:
             raise GraphoptError(f"percentile is {self.percentile}, it must be above 50 and at most 100")
-        for name, value in (("bits", self.bits), ("weight_bits", self.width)):
+        if self.activation_bits == WIDE and self.form not in ("auto", "static"):
+            raise GraphoptError(
+                f"activations of {WIDE} bits have no form {self.form!r}", help="leave form out, or say 'static'"
+            )
+        widths = {"bits": self.bits, "weight_bits": self.width}
+        widths |= {} if self.activation_bits == WIDE else {"activation_bits": self.data_width}
+        for name, value in widths.items():
             if isinstance(value, bool) or value != int(value) or not 2 <= value <= 8:
                 raise GraphoptError(f"{name} is {value!r}, it must be a whole number between 2 and 8")
         if self.weight_scales not in WEIGHT_SCALES:
@@ -185,6 +198,11 @@ class Quantize(Pass):
     def width(self) -> int:
         """Bits of weights."""
         return self.bits if self.weight_bits is None else self.weight_bits
+
+    @property
+    def data_width(self) -> int:
+        """Bits of activations."""
+        return self.bits if self.activation_bits is None else self.activation_bits
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Plan, return to float what breaks the net, and apply; the remarks say what was declined and why."""
@@ -203,7 +221,7 @@ class Quantize(Pass):
 
             plan = repair(source, plan, context, decide=decide, write=self.apply)
         if plan.operators or already_quantized(source) is None:
-            _remark(plan, self.exclude, context)
+            remark(plan, self.exclude, context)
         self.apply(model, plan)
 
     def _rewrite_weights(self, model: ir.Model, context: Context) -> None:
@@ -240,7 +258,7 @@ class Quantize(Pass):
         chosen, kept = self._fastest(model, context, observed)
         plan = chosen._decide(model, context, Overrides(kept), observed)
         if plan.operators or already_quantized(model) is None:
-            _remark(plan, self.exclude, context)
+            remark(plan, self.exclude, context)
         return plan
 
     def planned(self, model: ir.Model, context: Context, overrides: Overrides = Overrides()) -> QuantizePlan:  # noqa: B008
@@ -275,6 +293,9 @@ class Quantize(Pass):
 
     def _fastest(self, model: ir.Model, context: Context, observed: Observed) -> tuple[Quantize, Mapping[str, str]]:
         """This pass in the form that is the fastest here, and what is faster in float, with the reasons."""
+        if self.data_width == WIDE:
+            context.note("quantize", _WIDE, "model")
+            return replace(self, form="static"), {}
         if not self.measure or self.form != "auto":
             return self, {}
         silent = context.silent()
@@ -296,13 +317,13 @@ class Quantize(Pass):
             if not regions.weights_alone or self.form == "weights":
                 return QuantizePlan()
             kept_float = {**regions.kept, **kept_float}
-        original, model = model, model.clone()
+        original, model, wide = model, model.clone(), self.data_width == WIDE
         legalize(model, static=self.form != "dynamic")
-        placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float)
+        placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float, wide=wide)
         if "static" not in placement.forms.values():
             model = original.clone()
             legalize(model, static=False)
-            placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float)
+            placement = place(model, form=self.form, exclude=tuple(self.exclude), kept_float=kept_float, wide=wide)
         activations = self._activations(model, placement, context, overrides, observed)
         tensors = activations + self._constants(placement) + self._weights(placement, activations, context, overrides)
         bits = {tensor.name: tensor.bits for tensor in tensors if tensor.role == "weight"}
@@ -364,7 +385,7 @@ class Quantize(Pass):
             if node_name(node) in overrides.widened
             for value in (*data_inputs(node), *node.outputs, *(user.outputs[0] for user in node.outputs[0].consumers()))
         }
-        bits = {name: 8 if name in wide else self.bits for name in names}
+        bits = {name: max(8, self.data_width) if name in wide else self.data_width for name in names}
         return [self._activation(name, *observed[name], bits[name], context) for name in names]
 
     def _activation(self, name: str, statistics: Statistics, source: str, bits: int, context: Context) -> TensorPlan:
@@ -379,14 +400,16 @@ class Quantize(Pass):
         for value in placement.constants:
             array = constant(value)
             assert array is not None
-            scale, zero = asymmetric_quantizer(float(array.min()), float(array.max()), self.bits)
-            plans.append(TensorPlan(value.name or "", "constant", self.bits, False, None, (scale,), (zero,), "weights"))
+            scale, zero = asymmetric_quantizer(float(array.min()), float(array.max()), self.data_width)
+            plans.append(
+                TensorPlan(value.name or "", "constant", self.data_width, False, None, (scale,), (zero,), "weights")
+            )
         return plans
 
     def _reduced(self, placement: Placement, context: Context) -> set[ir.Node]:
         """The linear operators whose weights have `SAFE_BITS`; a note says which and why."""
         kernels = {node: kernels_of(node, form) for node, form in placement.forms.items() if linear_operator(node)}
-        if not kernels or self.width <= SAFE_BITS:
+        if not kernels or self.width <= SAFE_BITS or self.data_width == WIDE:  # products of floats do not saturate
             return set()
         if self.weight_range == "reduced":
             context.note("quantize", f"weights have {SAFE_BITS} bits as asked, {len(kernels)} operators", "model")
@@ -472,23 +495,3 @@ def _input_scale(value: ir.Value, placement: Placement, scale_of: Mapping[str, f
         factor *= scaling_factor(producer) or 1.0
         value = data_inputs(producer)[0]
     return scale_of[value.name or ""] * factor
-
-
-def _remark(plan: QuantizePlan, exclude: Sequence[str], context: Context) -> None:
-    for pattern in exclude:
-        named = (name for operator in plan.operators for name in (operator.node, operator.op_type))
-        cited = any(operator.reason == f"excluded by {pattern!r}" for operator in plan.operators)
-        if not cited and not any(fnmatchcase(name, pattern) for name in named):
-            context.missed("exclude", f"{pattern!r} matches nothing that could be quantized", "model")
-    for operator in plan.operators:
-        if operator.form == "float":
-            why = KEPT if operator.reason.startswith(KEPT) else operator.reason  # one kind of remark, not one each
-            context.missed(f"quantize {operator.op_type}", why, operator.node)
-    sources = plan.sources()
-    if sources:
-        counted = ", ".join(f"{count} from {source}" for source, count in sorted(sources.items()))
-        samples = getattr(context.calibration, "samples", None)
-        counted += f" ({samples} samples)" if samples else ""
-        context.note("quantize", f"ranges of {sum(sources.values())} activations: {counted}", "model")
-    if not any(operator.form != "float" for operator in plan.operators):
-        context.missed("quantize", "no operator has an int8 form here", "model")

@@ -52,6 +52,10 @@ _NO_KERNEL = {
 }
 
 
+WIDE = 16
+"""Bits of activations beyond 8."""
+_MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather", "Tile"}
+"""What onnxruntime moves in integers of 16 bits."""
 _SMALLEST_TABLE = 4096
 """Elements from which a constant matrix whose rows are picked counts as an embedding table."""
 
@@ -110,7 +114,12 @@ def scaling_factor(node: ir.Node) -> float | None:
 
 
 def place(
-    model: ir.Model, *, form: str, exclude: tuple[str, ...], kept_float: Mapping[str, str] | None = None
+    model: ir.Model,
+    *,
+    form: str,
+    exclude: tuple[str, ...],
+    kept_float: Mapping[str, str] | None = None,
+    wide: bool = False,
 ) -> Placement:
     """Choose the form of every operator.
 
@@ -120,12 +129,16 @@ def place(
             integers anyway and dynamic where it does not.
         exclude: names of nodes or weights, or operator types, to leave in float; shell patterns.
         kept_float: names of nodes to leave in float, with the reason.
+        wide: whether activations have 16 bits.
     """
-    return _Placer(model, form, exclude, kept_float or {}).run()
+    return _Placer(model, form, exclude, kept_float or {}, wide).run()
 
 
 class _Placer:
-    def __init__(self, model: ir.Model, form: str, exclude: tuple[str, ...], kept_float: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: ir.Model, form: str, exclude: tuple[str, ...], kept_float: Mapping[str, str], wide: bool
+    ) -> None:
+        self.wide = wide
         self.graph = model.graph
         self.nodes = list(model.graph)
         self.form = form
@@ -156,6 +169,8 @@ class _Placer:
         reason = self._excluded(node) or _CHECKS.get(node.op_type, _accept)(node)
         if reason is None and any(value.dtype not in (None, ir.DataType.FLOAT) for value in data_inputs(node)):
             reason = f"computes in {data_inputs(node)[0].dtype}, int8 kernels replace float32 only"
+        if self.wide and role is Role.INTEGER and node.op_type not in _MOVES and scaling_factor(node) is None:
+            reason = reason or f"onnxruntime has no kernel for it on integers of {WIDE} bits"
         reason = reason or _constant_operands(node)
         if reason is None:
             self.roles[node] = role
@@ -199,13 +214,21 @@ class _Placer:
             activations = large or activations
         return bool(activations) and all(value in boundary or value.producer() in self.static for value in activations)
 
-    # Trimming: an int8 kernel that feeds no linear operator only costs precision.
+    # Trimming: an int8 kernel that feeds no linear operator only costs precision. What goes may leave a clamp behind it
+    # that was folded into it.
 
     def _trim(self) -> None:
+        before = -1
+        while before != len(self.static):
+            before = len(self.static)
+            self._trim_once()
+
+    def _trim_once(self) -> None:
         for node in reversed(self.nodes):
             if node not in self.static or self.roles[node] is Role.LINEAR or self._folds(node):
                 continue
-            if not any(self._is_read_on_integers(value) for value in node.outputs):
+            clamps = self.wide and self.roles[node] is Role.CLAMP  # there is none of integers of 16 bits
+            if clamps or not any(self._is_read_on_integers(value) for value in node.outputs):
                 self.static.discard(node)
 
     def _is_read_on_integers(self, value: ir.Value) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.quantizer import TensorPlan
+from graphopt.passes.contract import Context
 
 FORMS = ("static", "integer", "folded", "dynamic", "weights", "table", "float")
 """How an operator runs, see `OperatorPlan`."""
@@ -139,6 +141,27 @@ class QuantizePlan:
         operators = [("operator", "type", "form", "weight bits", "why")]
         operators += [(o.node, o.op_type, o.form, str(o.weight_bits or "-"), o.reason) for o in self.operators]
         return f"{_table(rows)}\n\n{_table(operators)}"
+
+
+def remark(plan: QuantizePlan, exclude: Sequence[str], context: Context) -> None:
+    """Say what stays float and why, where ranges came from, and which patterns of `exclude` matched nothing."""
+    for pattern in exclude:
+        named = (name for operator in plan.operators for name in (operator.node, operator.op_type))
+        cited = any(operator.reason == f"excluded by {pattern!r}" for operator in plan.operators)
+        if not cited and not any(fnmatchcase(name, pattern) for name in named):
+            context.missed("exclude", f"{pattern!r} matches nothing that could be quantized", "model")
+    for operator in plan.operators:
+        if operator.form == "float":
+            why = KEPT if operator.reason.startswith(KEPT) else operator.reason  # one kind of remark, not one each
+            context.missed(f"quantize {operator.op_type}", why, operator.node)
+    sources = plan.sources()
+    if sources:
+        counted = ", ".join(f"{count} from {source}" for source, count in sorted(sources.items()))
+        samples = getattr(context.calibration, "samples", None)
+        counted += f" ({samples} samples)" if samples else ""
+        context.note("quantize", f"ranges of {sum(sources.values())} activations: {counted}", "model")
+    if not any(operator.form != "float" for operator in plan.operators):
+        context.missed("quantize", "no operator has an int8 form here", "model")
 
 
 def _tensor_row(tensor: TensorPlan) -> tuple[str, ...]:
