@@ -19,7 +19,7 @@ from graphopt.passes.prune_channels import PruneChannels
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MEASURING = (
     *("accuracy", "channels", "channels_scale", "cost", "datafree", "exact", "int8", "lift", "old_file", "training"),
-    *("weights", "latency", "decomposition", "budgets"),
+    *("weights", "latency", "decomposition", "budgets", "openvino_int8"),
 )
 WITH_DATA = {"accuracy", "datafree", "training", "decomposition", "budgets"}
 """Those that need ../shared/data, and are run only where it is."""
@@ -48,8 +48,9 @@ def test_every_benchmark_can_be_run_by_name(name: str) -> None:
 
 
 def test_run_runs_what_there_is() -> None:
-    assert {*run.BENCHMARKS, *run.STUDIES, *WITH_DATA, "run"} == set(RUNNABLE)
-    assert set(MEASURING) == {*run.BENCHMARKS, *WITH_DATA}
+    measuring = {*run.BENCHMARKS, *run.NETWORKED, *WITH_DATA}
+    assert {*measuring, *run.STUDIES, "run", "openvino_worker"} == set(RUNNABLE)
+    assert set(MEASURING) == measuring
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
