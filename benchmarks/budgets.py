@@ -22,7 +22,7 @@ Ways:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,14 @@ import onnx_ir as ir
 
 import graphopt
 from benchmarks.datafree_sections import LEARNING_RATE, Remembered, streams
-from benchmarks.datafree_setting import Net, Setting, code_digest, sizes, traced
+from benchmarks.datafree_setting import Net, Setting, sizes, traced
+from benchmarks.kept import code_digest, kept
 from benchmarks.models import CACHE
 from benchmarks.results import Column, Goal, Options, Results, Row, progress, ratio, read_options, stopwatch
 from benchmarks.training import EPOCH, Images
 from graphopt.criteria import criterion
 from graphopt.errors import TargetMissedError
-from graphopt.inputs.measurements import Measurements
 from graphopt.inputs.probes import probe_feeds, symbolic_sizes
-from graphopt.inputs.store import model_digest, storage_key
 from graphopt.passes.budget_integers import quantize_chosen
 from graphopt.passes.budget_search import BLOCKS, CHANNELS, CHOICES, RANKS, BudgetSearch
 from graphopt.passes.contract import Context
@@ -113,7 +112,6 @@ class Study:
 
     name: str
     options: Options
-    _store: Measurements = field(default_factory=lambda: Measurements(CACHE), init=False)
 
     @cached_property
     def setting(self) -> Setting:
@@ -155,15 +153,14 @@ class Study:
 
     def kept(self, part: str, share: float, way: str) -> Row:
         """A row of "budget" or "recovery", from the cache where this very code has measured it before."""
-        parts = (part, way, share, self.samples, self.options.seconds, len(self.setting.test[1]), code_digest())
-        key = storage_key(model_digest(self.net.model), parts)
-        row = self._store.read(key)
-        if row is None:
-            progress(f"{self.name}, {share:.0%} of the latency, {part}: {way}")
-            path = self._path(share, way)
-            row = self._budget(share, way, path) if part == "budget" else self._recovery(path)
-            progress(" ".join(f"{name} {value}" for name, value in row.items()))
-            self._store.write(key, "budgets", row)
+        parts = (part, self.name, way, share, self.samples, self.options.seconds, len(self.setting.test[1]))
+        return kept("budgets", parts, lambda: self._measured(part, share, way))
+
+    def _measured(self, part: str, share: float, way: str) -> Row:
+        progress(f"{self.name}, {share:.0%} of the latency, {part}: {way}")
+        path = self._path(share, way)
+        row = self._budget(share, way, path) if part == "budget" else self._recovery(path)
+        progress(" ".join(f"{name} {value}" for name, value in row.items()))
         return row
 
     def _path(self, share: float, way: str) -> Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,12 +13,12 @@ import onnx_ir as ir
 import torch
 
 import graphopt
-from benchmarks.models import CACHE, cifar10, cifar_resnet
+from benchmarks.kept import kept
+from benchmarks.models import cifar10, cifar_resnet
 from benchmarks.results import Options, Row, stopwatch
 from benchmarks.training import INPUT, accuracy
-from graphopt.inputs.measurements import Measurements
 from graphopt.inputs.source import Probes, find_inputs
-from graphopt.inputs.store import model_digest, storage_key
+from graphopt.inputs.store import model_digest
 from graphopt.ir.cost import cost
 from graphopt.ir.dimensions import symbolic_dimensions
 from graphopt.passes.contract import Context
@@ -135,14 +134,9 @@ class Net:
 
         So a run that was stopped goes on where it was.
         """
-        parts = (self.name, variant, dict(self.effort), len(self.images), len(self.test[1]), code_digest())
-        key = storage_key(model_digest(damaged) + model_digest(self.model), parts)
-        store = Measurements(CACHE)
-        known = store.read(key)
-        if known is None:
-            _, known = self.rebuilt(damaged, variant)
-            store.write(key, "datafree", known)
-        return known
+        graphs = model_digest(damaged), model_digest(self.model)
+        parts = (*graphs, self.name, variant, dict(self.effort), len(self.images), len(self.test[1]))
+        return kept("datafree", parts, lambda: self.rebuilt(damaged, variant)[1])
 
     def measured(self, model: ir.Model) -> Row:
         """Top-1 on the test images in percent, and the points below the float network."""
@@ -210,15 +204,6 @@ class Setting:
     def ratios(self, *full: float) -> Iterator[float]:
         """Those given; the second and the last in a quick run."""
         yield from ((full[1], full[-1]) if self.quick and len(full) > 2 else full)
-
-
-@cache
-def code_digest() -> str:
-    """A digest of the package: figures of other code are none of this one."""
-    found = hashlib.sha256()
-    for file in sorted(Path(graphopt.__file__).parent.rglob("*.py")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
 
 
 def traced(depth: int) -> ir.Model:

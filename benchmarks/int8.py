@@ -7,7 +7,8 @@
 Every way to quantize with onnxruntime's tools that suits the network (`benchmarks.rivals.QUANTIZERS`) is measured;
 the fastest of them is "ORT best". Speed only: onnxruntime calibrates on noise here; for accuracy see
 `benchmarks.accuracy`. All files are opened in this process and timed in turns with graphopt's: batch 1 and 8 with one
-thread, batch 1 with two.
+thread, batch 1 with two. What was measured of a network is kept in the folder of caches, by the code of the package: a
+run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import graphopt
 from benchmarks.contest import BEYOND_NOISE, Contest, contest, node_count
+from benchmarks.kept import kept
 from benchmarks.models import DATA, exported
 from benchmarks.results import Column, Goal, Results, Row, progress, ratio, read_options
 from benchmarks.rivals import Feeds, Quantizer, Written, quantizers_for, write_all
@@ -51,14 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models:
         for batch in dict.fromkeys(batch for batch, _ in (QUICK_SETTINGS if options.quick else SETTINGS)):
             threads = [one for own, one in (QUICK_SETTINGS if options.quick else SETTINGS) if own == batch]
-            for rows, goal in measure(name, batch, threads, options.seconds):
+            parts = (name, batch, threads, options.seconds)
+            for rows, goal in kept("int8", parts, lambda: list(measure(name, batch, threads, options.seconds))):  # noqa: B023
                 results.rows += rows
-                results.goals.append(goal)
+                results.goals.append(Goal(**goal))
     results.goals.append(_mean_goal(results.rows))
     results.show_and_write(COLUMNS)
 
 
-def measure(name: str, batch: int, threads: Sequence[int], seconds: float) -> Iterator[tuple[list[Row], Goal]]:
+def measure(name: str, batch: int, threads: Sequence[int], seconds: float) -> Iterator[tuple[list[Row], Row]]:
     """For each number of threads one row a quantizer, and whether onnxruntime's fastest is no faster than graphopt."""
     source = exported(name, batch)
     probes = probe_feeds(read(source), count=CALIBRATION_SAMPLES)
@@ -71,7 +74,7 @@ def measure(name: str, batch: int, threads: Sequence[int], seconds: float) -> It
             shared: Row = {"model": name, "batch": batch, "threads": count}
             rows = [{**shared, **row} for row in _rows(files, measured, written)]
             rows += [{**shared, "tool": tool, "failure": reason} for tool, reason in written.failures.items()]
-            yield rows, _goal(f"{name}, batch {batch}, {count} threads", measured, _fastest(measured))
+            yield rows, vars(_goal(f"{name}, batch {batch}, {count} threads", measured, _fastest(measured)))
 
 
 def _rows(files: Mapping[str, Path], measured: Contest, written: Written) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.int8 import CIFAR_MODELS, MODELS
+from benchmarks.kept import kept
 from benchmarks.models import CACHE, exported
 from benchmarks.results import Column, Goal, Results, Row, progress, ratio, read_options
 from benchmarks.rivals import quantizers_for
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results("openvino_int8", "int8 for OpenVINO: graphopt against NNCF", options.command, options.complete)
     python = environment()
     for name in options.models:
-        rows = list(measure(name, python, options.seconds))
+        rows = kept("openvino_int8", (name, options.seconds), lambda: list(measure(name, python, options.seconds)))  # noqa: B023
         results.rows += rows
         results.goals += goals(name, rows)
     results.show_and_write(COLUMNS)

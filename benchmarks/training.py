@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 import graphopt
+from benchmarks.kept import kept
 from benchmarks.models import DATA, cifar10, cifar_resnet
 from benchmarks.results import Column, Goal, Results, Row, progress, read_options, stopwatch
 from graphopt.ir.session import open_session
@@ -72,9 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for weight_bits, activation_bits in WIDTHS:
         if f"w{weight_bits}a{activation_bits}" not in options.models:
             continue
-        results.rows += quantized(model, training, test, weight_bits, activation_bits, 2 * epoch, device)
+        widths = weight_bits, activation_bits
+        results.rows += kept(
+            "training",
+            (device, len(test[1]), epoch, widths),
+            lambda: quantized(model, training, test, *widths, 2 * epoch, device),  # noqa: B023
+        )
     if "halved" in options.models:
-        results.rows += pruned(model, training, test, epoch, device)
+        parts = (device, len(test[1]), epoch, "halved")
+        results.rows += kept("training", parts, lambda: pruned(model, training, test, epoch, device))
     results.goals += goals(results.rows)
     results.show_and_write(COLUMNS)
 
