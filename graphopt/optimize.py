@@ -143,7 +143,8 @@ def optimize(
         tolerance: how far outputs may move without `evaluate`: root mean square of the difference over that of
             the output; None leaves it to the recipe (`default` allows 0.1).
         latency: the share of the input's latency that may be left, in (0, 1], as measured at the example inputs; the
-            recipe is `latency` then, unless another one with `meet-budget` is given. At most one of the four budgets.
+            recipe is `latency-int8` then (`latency` for macs), unless another one with `meet-budget` is given. At most
+            one of the four budgets.
         latency_ms: the same in milliseconds.
         macs, bytes: the share of multiply-accumulates, or of the bytes of the weights, that is to be left, in (0, 1].
         threads: intra-op threads for all timings, 0 for onnxruntime's default.

@@ -162,7 +162,7 @@ def with_budget(recipe: Recipe, budget: Mapping[str, float]) -> Recipe:
     """The recipe that leaves so much of a cost.
 
     A recipe with `meet-budget` is given the budget, one with `prune-channels` where that knows the cost. `default`,
-    which neither prunes nor takes apart, gives way to `latency`.
+    which neither prunes nor takes apart, gives way to `latency-int8`, or to `latency` where integers save nothing.
 
     Args:
         recipe: as it was asked for.
@@ -172,8 +172,10 @@ def with_budget(recipe: Recipe, budget: Mapping[str, float]) -> Recipe:
         RecipeError: there are several budgets, no pass of the recipe can meet one, or the value is out of range.
 
     Example:
-        >>> str(with_budget(preset("default"), {"latency": 0.6}).passes[2])
-        'meet-budget(latency=0.6)'
+        >>> with_budget(preset("default"), {"latency": 0.6}).name
+        'latency-int8'
+        >>> str(with_budget(preset("default"), {"macs": 0.6}).passes[2])
+        'meet-budget(macs=0.6)'
         >>> str(with_budget(preset("prune-int8"), {"macs": 0.5}).passes[2])
         "prune-channels(macs=0.5, compensation='least-squares')"
     """
@@ -182,7 +184,7 @@ def with_budget(recipe: Recipe, budget: Mapping[str, float]) -> Recipe:
     if len(budget) > 1:
         raise RecipeError(f"several budgets are given: {', '.join(budget)}", help="give one of them")
     if recipe == preset("default"):
-        recipe = preset("latency")
+        recipe = preset("latency" if set(budget) <= {"macs", "params"} else "latency-int8")
     kinds = {single.name: {option.name for option in dataclasses.fields(single)} for single in recipe.passes}  # type: ignore[arg-type]
     for name in ("meet-budget", "prune-channels"):
         if name in kinds and set(budget) <= kinds[name]:

@@ -177,8 +177,8 @@ class BudgetPlan:
             "blocks": BlockPlan,
             "skipped": SkippedGroup,
             "tries": Try,
+            "integers": IntegerPlan,
         }
-        parts |= {"integers": IntegerPlan}
         try:
             for name, kind in parts.items():
                 values[name] = tuple(kind(**one) for one in values.get(name, ()))
@@ -208,12 +208,13 @@ class BudgetPlan:
         """One line that names what goes, the first of it."""
         parts = [f"{one.name} {one.units} -> {one.kept}" for one in self.groups if one.removed]
         parts += [f"{one.node} {one.form} {one.rank} of {one.full}" for one in self.ranks]
+        parts += [f"int8 {name}" for name in self.on_integers]
         parts = [*(f"block {name}" for name in self.dropped), *parts]
         more = [f"and {len(parts) - _MOST_NAMED} more (`graphopt plan`, --json)"] if len(parts) > _MOST_NAMED else []
         return [f"  what goes: {'; '.join([*parts[:_MOST_NAMED], *more])}"] if parts else []
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw what is left of each group, layer and block, in the order of the graph.
+        """Draw what is left of each group, layer and block, and what computes on integers, in the order of the graph.
 
         Args:
             path: ends in .svg, .png or .pdf.
@@ -228,9 +229,10 @@ class BudgetPlan:
             (f"block {one.name}", 0.0 if one.dropped else 1.0, "dropped" if one.dropped else "kept")
             for one in self.blocks
         ]
+        bars += [(one.node, 1.0, "int8" if one.taken else "float") for one in self.integers]
         with drawing(Path(path), width=7.0, height=1.0 + 0.18 * max(len(bars), 1)) as figure:
             axes = figure.subplots()
-            colours = ["tab:green" if share == 1 else "tab:orange" if share else "tab:red" for _, share, _ in bars]
+            colours = [_colour(share, text) for _, share, text in bars]
             axes.barh(range(len(bars)), [share for _, share, _ in bars], color=colours)
             for place, (_, share, text) in enumerate(bars):
                 axes.text(min(share, 0.98) + 0.01, place, text, va="center", fontsize=6)
@@ -259,6 +261,12 @@ class BudgetPlan:
         reasons = Counter(group.reason for group in self.skipped)
         lines += [f"  {count} groups stay: {reason}" for reason, count in reasons.most_common(_MOST_SKIPPED)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _colour(share: float, text: str) -> str:
+    if text == "int8":
+        return "tab:blue"
+    return "tab:green" if share == 1 else "tab:orange" if share else "tab:red"
 
 
 def _group(**data: Any) -> GroupPlan:

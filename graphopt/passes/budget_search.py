@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -19,11 +19,14 @@ from graphopt.inputs.probes import probe_feeds, symbolic_sizes
 from graphopt.ir.channels import ChannelGroup, ChannelGroups, Selection, channel_groups
 from graphopt.ir.cost import cost
 from graphopt.ir.dimensions import known_sizes
+from graphopt.ir.linear import linear_at
 from graphopt.ir.propagate import propagate
 from graphopt.ir.regions import Region, drop_regions, regions
 from graphopt.ir.removal import remove_channels
+from graphopt.ir.rewrite import DeclinedError
 from graphopt.ir.session import Feeds, open_session
 from graphopt.ir.timing import interleave
+from graphopt.passes.budget_aims import MARGIN, Aims
 from graphopt.passes.budget_integers import IntegerOperators
 from graphopt.passes.budget_plan import Try
 from graphopt.passes.contract import Context
@@ -54,11 +57,11 @@ COLLABORATIVE, SEQUENCE = "collaborative", "sequence"
 SOLVERS = ("milp", "knapsack", COLLABORATIVE, SEQUENCE)
 """What may decide."""
 _GAP = 1e-3
-_MOST_TRIES = 6
-NEAR = 0.02
-"""How far below the budget a solution may be, relative to it, without another try to use more of it."""
-_MARGIN = 0.004
-"""How far below the budget what was over it is aimed at next, relative to it."""
+_MOST_TRIES, _MOST_AIMS = 6, 12
+"""Solutions that are built, and aims that are solved for: several may have the same solution."""
+_BIAS_BYTES = 8
+"""Of each output: its bias, and the scale of that on integers."""
+_MORE = "let more be decided (choices: channels, ranks, blocks, int8; skip=())"
 _TIMING_SECONDS, _FIT_SECONDS, _INTEGER_SECONDS = 2.0, 24.0, 24.0
 """Of one timing, of the latencies at several widths and ranks, and of those on integers."""
 _BLOCK_SAMPLES = 64
@@ -78,6 +81,7 @@ class Wish:
         seconds: that one solve may take.
         seed: of everything random.
         keep: shell patterns of names of nodes and weights that stay as they are.
+        is_compensated: whether a reconstruction follows.
     """
 
     kind: str
@@ -89,6 +93,7 @@ class Wish:
     seconds: float
     seed: int
     keep: tuple[str, ...] = ()
+    is_compensated: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class BudgetSearch:
         self.wish, self.model, self._context = wish, model, context
         self.skipped, self.inputs = tuple(skipped), inputs
         self.notes: list[str] = []
+        self._known: dict[str, tuple[float, frozenset[str]]] = {}
         self._sizes = {**symbolic_sizes(model), **(known_sizes(model, context.sizes) or {})}
         if wish.kind != LATENCY:
             self._sizes = resized(model, self._sizes, 1)
@@ -163,7 +169,10 @@ class BudgetSearch:
         threads = max(context.threads, 0)
         knowledge = Knowledge(model, self._groups, inputs, threads, wish.seed)
         self._tell(0, "look at what each layer is worth")
-        self._collaborator = Collaborator(knowledge, self.candidates, self._costs, wish.surrogate, dense=self._dense())
+        others = INTEGERS in wish.choices  # then there may be something to decide all the same
+        self._collaborator = Collaborator(
+            knowledge, self.candidates, self._costs, wish.surrogate, dense=self._dense(), may_be_empty=others
+        )
         self._how = Collaborative(round_to=wish.round_to, mode=self._mode)
         self._tables = self._collaborator.tables(self._how)
         read = {name for layer in self._tables.layers for name, _ in layer.reads}
@@ -171,7 +180,9 @@ class BudgetSearch:
         self._regions = {region.name: region for region in self._outermost()}
         losses = block_losses(model, list(self._regions.values()), inputs, threads=threads) if self._regions else {}
         self.blocks = tuple(Block(name, self._nodes_of(region), losses[name]) for name, region in self._regions.items())
-        self.integers = IntegerOperators(model, inputs, context) if INTEGERS in wish.choices else None
+        self.integers = (
+            IntegerOperators(model, inputs, context, kept=self._kept(), timed=self._is_timed) if others else None
+        )
         self._feeds: Feeds = probe_feeds(model, sizes=self._sizes, specs=context.specs)[0] if self._is_timed else {}
         self._problem = self._stated()
 
@@ -279,34 +290,37 @@ class BudgetSearch:
             TargetMissedError: it cannot be met; the message says what is reachable.
             GraphoptError: the time ended before anything was found.
         """
-        aim, tries = share, list[Try]()
+        aims, tries = Aims(share), list[Try]()
+        aim: float | None = share
         best: Found | None = None
-        for _ in range(_MOST_TRIES):
+        self._known.clear()
+        for _ in range(_MOST_AIMS):
+            if aim is None or len(self._known) >= _MOST_TRIES:
+                break
             self._tell(2, f"solve for {aim:.3f} of the {self.wish.kind}")
             found = self._attempt(aim, share, reached=best is not None)
             if found is None:
                 break
-            tries.append(found.last)
-            if found.last.measured <= share and (best is None or found.last.loss <= best.last.loss):
+            if all(one.predicted != found.last.predicted for one in tries):
+                tries.append(found.last)
+            if found.last.measured <= share and (best is None or found.last.loss < best.last.loss):
                 best = found
-            if share * (1 - NEAR) <= found.last.measured <= share or found.last.predicted >= 1 or aim >= 1:
+            if aims.is_near(found.last) or (self._is_exact and best is not None):
                 break
-            if best is not None and self._repeats(tries):
-                break
-            aim = min(aim * share * (1 - _MARGIN) / found.last.measured, 1.0)
+            aim = aims.after(aim, found.last)
         if best is None:
             raise TargetMissedError(
                 f"{share:.3f} of the {self.wish.kind} was asked for, and "
                 f"{min(one.measured for one in tries):.3f} is the least that was measured",
                 where=self.wish.kind,
-                help="ask for less, or allow more choices (channels, ranks, blocks; skip=())",
+                help=f"ask for that much, or {_MORE}",
             )
-        return best, (*(one for one in tries if one is not best.last), best.last)
+        return best, (*(one for one in tries if one != best.last), best.last)
 
-    @staticmethod
-    def _repeats(tries: Sequence[Try]) -> bool:
-        """Whether the last try brought nothing new: widths are steps, and the next one may be over the budget."""
-        return any(one.predicted == tries[-1].predicted for one in tries[:-1])
+    @property
+    def _is_exact(self) -> bool:
+        """Whether what is predicted is what is measured."""
+        return not self._is_timed and self.integers is None
 
     def _attempt(self, aim: float, share: float, *, reached: bool) -> Found | None:
         """One solution and what it measures; None where there is none and an earlier one will do."""
@@ -316,9 +330,9 @@ class BudgetSearch:
         except TargetMissedError as error:
             if reached:
                 return None
-            if by_steps or error.least is None or not self._is_timed or aim * self.whole >= error.least:
+            if by_steps or error.least is None or self._is_exact or aim * self.whole >= error.least:
                 raise self._unreachable(share, error) from error
-            found = self._solved(error.least * (1 + _MARGIN) / self.whole)  # predictions err, so the least is measured
+            found = self._solved(error.least * (1 + MARGIN) / self.whole)  # predictions err, so the least is measured
             found = self._measured(found)
             if found.last.measured > share:
                 raise self._unreachable(share, error, found.last.measured) from error
@@ -326,8 +340,14 @@ class BudgetSearch:
         return self._measured(found)
 
     def _measured(self, found: Found) -> Found:
-        graph = self.built(found.selection, found.forms, found.dropped, found.integers)
-        return replace(found, last=replace(found.last, measured=self._share_of(graph)))
+        """What a solution measures, and what came to be on integers in it; each solution is built once."""
+        parts = (found.selection, found.forms, found.dropped, sorted(found.integers))
+        key = repr(parts)
+        if key not in self._known:
+            graph, integers = self._built_with(found.selection, found.forms, found.dropped, found.integers)
+            self._known[key] = self._share_of(graph), integers
+        measured, integers = self._known[key]
+        return replace(found, integers=integers, last=replace(found.last, measured=measured))
 
     def _solved(self, aim: float) -> Found:
         problem = self._problem.within(aim * self.whole)
@@ -344,7 +364,8 @@ class BudgetSearch:
             assignment.seconds,
             assignment.note or "",
         )
-        return Found(self._selection(taken.removed), taken.forms, taken.dropped, taken.integers, last)
+        decided = taken.integers & self._problem.integers.decided
+        return Found(self._selection(taken.removed), taken.forms, taken.dropped, decided, last)
 
     def _collaborated(self, aim: float) -> Found:
         start = time.perf_counter()
@@ -359,18 +380,20 @@ class BudgetSearch:
     def _unreachable(self, share: float, error: TargetMissedError, measured: float | None = None) -> TargetMissedError:
         """The same in shares of the whole, and for latencies in milliseconds, as budgets are given."""
         whole = f"{self.whole / 1e3:.4g} ms is the whole" if self._is_timed else f"{self.whole:,.0f} is the whole"
-        what, way = error.what, "ask for less"
+        what, way = error.what, "ask for more to be left"
         if error.least is not None:
             reachable = error.least / self.whole if measured is None else measured
             least = f"{reachable * self.whole / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
             what, way = (
                 f"{reachable:.3f} of it is the least, {least}",
-                f"ask for less: {math.ceil(reachable * 1e3) / 1e3:.3f} of it or more",
+                f"ask for {math.ceil(reachable * 1e3) / 1e3:.3f} of it or more",
             )
+            if reachable >= 1:
+                what, way = "nothing that may be decided leaves less than the whole", "ask for the whole"
         return TargetMissedError(
             f"{share:.3g} of the {self.wish.kind} cannot be reached ({whole}): {what}",
             where=self.wish.kind,
-            help=f"{way}, or allow more choices (channels, ranks, blocks; skip=())",
+            help=f"{way}, or {_MORE}",
         )
 
     def _selection(self, removed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -382,33 +405,49 @@ class BudgetSearch:
             graph = self.built(self._selection(variant.removed), variant.forms, ())
             if not variant.integers or self.integers is None:
                 return graph, variant
-            graph, integers = self.integers.timed(graph, variant.integers)
-            return graph, replace(variant, integers=integers)
+            graph, integers = self.integers.timed(graph, variant.integers & self.integers.forms.decided)
+            return graph, replace(variant, integers=integers & set(self.integers.forms.losses))
         except GraphoptError as error:  # its widths or chains are predicted from the others, or never pay
             self.notes.append(f"a variant could not be built, and its latency was not measured: {error.what}")
             return None
 
     def built(
-        self,
-        selection: Mapping[str, tuple[int, ...]],
-        forms: Mapping[str, LayerForm],
-        dropped: Sequence[str],
-        integers: Collection[str] = (),
+        self, selection: Mapping[str, tuple[int, ...]], forms: Mapping[str, LayerForm], dropped: Sequence[str]
     ) -> ir.Model:
-        """The model without these units and blocks, with layers of these forms and operators on integers; nothing is
-        made up for."""
+        """The model without these units and blocks, with layers of these forms; nothing is made up for."""
         graph = cut(self.model, self._groups, selection, [self._regions[name] for name in dropped])
         if forms:
             by_hand = {node: (form.form, form.rank) for node, form in forms.items()}
             plan = DecomposePlan.by_hand(graph, by_hand, compensation=False)
             Decompose(source="none").apply(graph, plan, self._context.silent())
-        return self.integers.timed(graph, integers)[0] if integers and self.integers is not None else graph
+        return graph
+
+    def _built_with(
+        self,
+        selection: Mapping[str, tuple[int, ...]],
+        forms: Mapping[str, LayerForm],
+        dropped: Sequence[str],
+        integers: frozenset[str],
+    ) -> tuple[ir.Model, frozenset[str]]:
+        """The same with operators on integers, and which of them came to be."""
+        graph = self.built(selection, forms, dropped)
+        if not integers or self.integers is None:
+            return graph, frozenset()
+        graph, found = self.integers.timed(graph, integers)
+        return graph, found & integers
+
+    def _biases(self, graph: ir.Model) -> float:
+        """What the compensation may add to what is counted: a bias to each product that has none."""
+        if not self.wish.is_compensated or self.wish.kind == "macs" or graph is self.model:
+            return 0.0
+        each = 1 if self.wish.kind == "params" else _BIAS_BYTES
+        return each * float(sum(map(_without_bias, graph.graph)))
 
     def _share_of(self, graph: ir.Model) -> float:
         if not self._is_timed:
             table = self._groups.analysis.table
             counted = [Costs.of(cost(one, self._sizes, table=table)).get(self.wish.kind) for one in (self.model, graph)]
-            return counted[1] / max(counted[0], 1)
+            return (counted[1] + self._biases(graph)) / max(counted[0], 1)
         target, threads = self._context.target, self._context.threads
         sessions = [open_session(one, target=target, threads=threads) for one in (self.model, graph)]
         start = time.perf_counter()
@@ -423,6 +462,17 @@ class BudgetSearch:
             target=target,
         )
         return 1 / timed.speeds[1].median
+
+
+def _without_bias(node: ir.Node) -> int:
+    """Outputs of a product that a bias may be added to, 0 where there is one, or a normalization behind that has."""
+    try:
+        linear = linear_at(node)
+    except DeclinedError:
+        return 0
+    behind = {reader.op_type for reader in node.outputs[0].consumers()}
+    has_bias = linear is None or linear.bias().any() or behind & {"BatchNormalization", "Add"}
+    return 0 if linear is None or has_bias else linear.out_channels
 
 
 def cut(

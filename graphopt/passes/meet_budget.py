@@ -16,7 +16,8 @@ from graphopt.ir.channels import ChannelGroup, channel_groups
 from graphopt.ir.dimensions import known_sizes
 from graphopt.ir.origin import remember_origin, set_origin
 from graphopt.ir.regions import regions
-from graphopt.passes.budget_integers import quantize_chosen
+from graphopt.passes.budget_aims import NEAR
+from graphopt.passes.budget_integers import INTEGER_FORMS, quantize_chosen
 from graphopt.passes.budget_plan import BlockPlan, BudgetPlan, IntegerPlan, RankPlan, Try
 from graphopt.passes.budget_search import (
     CHANNELS,
@@ -24,7 +25,6 @@ from graphopt.passes.budget_search import (
     DEFAULT_CHOICES,
     INTEGERS,
     LATENCY,
-    NEAR,
     SOLVERS,
     BudgetSearch,
     Found,
@@ -232,6 +232,7 @@ class MeetBudget(Pass):
             self.seconds,
             self.seed,
             self.keep,
+            self.compensation != "none",
         )
         return BudgetSearch(model, chosen, skipped, wish, inputs, context)
 
@@ -302,9 +303,14 @@ class MeetBudget(Pass):
     def _integer_plans(search: BudgetSearch, found: Found) -> dict[str, Any]:
         if search.integers is None:
             return {}
-        losses = search.integers.forms.losses
-        plans = tuple(IntegerPlan(node, loss, node in found.integers) for node, loss in losses.items())
-        return {"integers": plans, "integer_form": search.integers.form}
+        forms, dropped = search.integers.forms, set(found.dropped)
+        gone = {node for block in search.blocks if block.name in dropped for node in block.nodes}
+        plans = tuple(
+            IntegerPlan(node, loss, node in found.integers)
+            for node, loss in forms.losses.items()
+            if node in forms.decided and node not in gone
+        )
+        return {"integers": plans, "integer_form": forms.form}
 
     def apply(self, model: ir.Model, plan: BudgetPlan, context: Context | None = None) -> None:
         """Rewrite `model` in place as the plan says.
@@ -328,6 +334,10 @@ class MeetBudget(Pass):
         missing = [name for name in plan.dropped if name not in known]
         if missing:
             raise GraphoptError(f"the model has no block {missing[0]!r}", where=model.graph.name, help="plan anew")
+        absent = set(plan.on_integers) - {node.name for node in model.graph}
+        if absent or plan.integer_form not in INTEGER_FORMS:
+            what = f"the model has no operator {min(absent)!r}" if absent else f"no form {plan.integer_form!r}"
+            raise GraphoptError(what, where="integers of the plan", help="plan anew")
         origin = remember_origin(model)
         before = model.clone()
         groups = channel_groups(before, sizes=known_sizes(before, context.sizes))
@@ -345,8 +355,7 @@ class MeetBudget(Pass):
         if plan.on_integers:
             batches = list(context.inputs(model, self.source, self.samples).batches)
             ranges = replace(context, calibration=batches, remarks=[], evidence={})
-            among = {one.node for one in plan.integers}
-            graph, _ = quantize_chosen(graph, plan.integer_form, plan.on_integers, among, ranges)
+            graph, _ = quantize_chosen(graph, plan.integer_form, plan.on_integers, ranges)
         model.graph = graph.graph
 
     def _rebuild(self, graph: ir.Model, plan: BudgetPlan, context: Context) -> None:
@@ -361,5 +370,5 @@ def _unused(share: float, tries: Sequence[Try]) -> list[str]:
         return []
     return [
         f"{left:.3f} is left where {share:.3f} may be: of {len(tries)} built it is the best within the budget; "
-        "widths and ranks go in steps"
+        "what may be decided goes in steps"
     ]

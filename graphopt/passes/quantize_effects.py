@@ -207,7 +207,9 @@ def only(model: ir.Model, plan: QuantizePlan, name: str) -> QuantizePlan:
     clamp = _folded_clamp(node, plan)
     kept = {name, *([] if clamp is None else [node_name(clamp)])}
     known = _quantizers(model, plan)
-    wanted = {value.name for value in (*node.inputs, _result(node, clamp)) if value is not None}
+    forms = {operator.node: operator.form for operator in plan.operators}
+    results = [_result(node, clamp)] if forms[name] == "static" else []  # the others write floats
+    wanted = {value.name for value in (*node.inputs, *results) if value is not None}
     tensors = {tensor.name: tensor for value, tensor in known.items() if value.name in wanted}
     others = tuple(tensor for tensor in plan.tensors if tensor.name in wanted and tensor.name not in tensors)
     operators = tuple(operator for operator in plan.operators if operator.node in kept)

@@ -156,6 +156,7 @@ class Collaborator:
         layer_cost: of one layer, for instance from a table of latencies; None for MACs.
         fixed: with `layer_cost`: cost of everything that is no layer.
         dense: names of operators that are not to be decomposed.
+        may_be_empty: whether a model without a layer to prune or to decompose is no error.
 
     Raises:
         GraphoptError: there is nothing to prune and nothing to decompose.
@@ -172,15 +173,17 @@ class Collaborator:
         layer_cost: LayerCost | None = None,
         fixed: float = 0.0,
         dense: Container[str] = (),
+        may_be_empty: bool = False,
     ) -> None:
         self.candidates, self.surrogate = tuple(candidates), surrogate(kind)
         self.layers = find_layers(knowledge, candidates, costs, dense)
-        if not self.layers:
+        if not self.layers and not may_be_empty:
             raise GraphoptError(
                 "there is no layer to prune or to decompose: no Conv, Gemm or MatMul of the main graph has channels "
                 "that may go, or a weight of its own that may be taken apart",
                 where="model",
-                help="run fold-constants before, where weights are computed of constants; let more go (keep, skip)",
+                help="run fold-constants before, where weights are computed of constants, and dequantize, where the "
+                "model is quantized; let more go (keep, skip)",
             )
         self.costing = Costing(self.layers, costs, layer_cost, fixed)
         self.states: dict[str, States] = self.surrogate.states(knowledge, self.layers)

@@ -29,6 +29,10 @@ _ROWS_A_COLUMN, _ROWS = 16, 8192
 """How many rows are looked at for each column, and beyond."""
 _INFLUENCES = ("measured", "stream")
 _TINY = 1e-30
+_SILENT = 1e-34
+"""Mean variance of a column below which squares in float32 are nothing but rounding: the input counts as constant."""
+_ROUNDING = 1e-5
+"""What is added to variances, relative to squared means: the differences of sums in float32 are not known better."""
 
 States = Callable[[], LayerState]
 """Makes the state of a layer of which nothing is gone."""
@@ -255,8 +259,10 @@ class SecondOrder(Surrogate):
         if channels > self.columns:
             return np.maximum(np.einsum("gaa->ga", blocks).reshape(-1), 0)
         covariance = np.asarray(scipy.linalg.block_diag(*blocks))
-        mean = float(np.trace(covariance)) / len(covariance)
-        np.fill_diagonal(covariance, np.diagonal(covariance) + (self.ridge * mean if mean > 0 else 1.0))
+        variance = np.maximum(np.diagonal(covariance), 0)
+        mean = float(variance.mean())
+        rounding = _ROUNDING * float(np.square(moments.inputs / max(moments.count, 1)).mean())
+        np.fill_diagonal(covariance, variance + rounding + (self.ridge * mean if mean > _SILENT else 1.0))
         return covariance
 
     def _state(

@@ -62,10 +62,15 @@ class IntegerForms:
     Attributes:
         losses: by name, what the outputs lose when this operator alone does: their relative squared error.
         borders: where values are converted.
+        decided: names of those that are decided; the others follow what is around them, and are told apart because
+            they cost something.
+        form: how, see `graphopt.passes.quantize.Quantize.form`.
     """
 
     losses: Mapping[str, float] = field(default_factory=dict[str, float])
     borders: tuple[Border, ...] = ()
+    decided: frozenset[str] = frozenset()
+    form: str = "auto"
 
 
 def find_borders(
@@ -74,13 +79,14 @@ def find_borders(
     """The values that may be converted.
 
     Args:
-        nodes: of a graph, named.
+        nodes: all nodes of the main graph, named. Those of bodies read floats, whatever their names.
         forms: by name of the node how it computes once everything that may is on integers; "folded" is an activation
             that the quantizer before it does.
         outputs: of the graph; they are floats.
         known: names of nodes whose shapes are known; a value beside none of them is left out.
     """
     found: list[Border] = []
+    main = set(nodes)
     for value in dict.fromkeys(value for node in nodes for value in (*node.inputs, *node.outputs)):
         if value is None or value.is_initializer() or value.dtype not in (None, ir.DataType.FLOAT):
             continue
@@ -90,9 +96,11 @@ def find_borders(
             continue
         ends = list(_seen_through(value, forms))
         readers = dict.fromkeys(node for end in ends for node in end.consumers())
-        on_integers = tuple(node.name or "" for node in readers if forms.get(node.name or "") in ON_INTEGERS)
+        on_integers = tuple(
+            node.name or "" for node in readers if node in main and forms.get(node.name or "") in ON_INTEGERS
+        )
         maker = name if forms.get(name) in ON_INTEGERS else None
-        place = _place(value, ends, known)
+        place = _place(value, ends, main, known)
         if place is not None and (on_integers or maker):
             as_float = len(on_integers) < len(readers) or not {*ends}.isdisjoint(outputs)
             writes_both = producer is not None and producer.op_type in ("MatMul", "Gemm")
@@ -109,13 +117,15 @@ def _seen_through(value: ir.Value, forms: Mapping[str, str]) -> Iterator[ir.Valu
         yield value
 
 
-def _place(value: ir.Value, ends: Sequence[ir.Value], known: Collection[str]) -> tuple[str, bool, int] | None:
+def _place(
+    value: ir.Value, ends: Sequence[ir.Value], main: Collection[ir.Node], known: Collection[str]
+) -> tuple[str, bool, int] | None:
     """A node that is known, whether the value is an input of it, and which."""
     producer = value.producer()
     if producer is not None and producer.name in known:
         return producer.name or "", False, producer.outputs.index(value)
     for end in ends:
         for use in end.uses():
-            if use.node.name in known:
+            if use.node in main and use.node.name in known:
                 return use.node.name or "", True, use.idx
     return None

@@ -258,8 +258,7 @@ class JointProblem:
         makers = [] if border.maker is None else [border.maker]
         others = [end for end in ends if end not in makers]
         for end in others:
-            alone = replace(border, readers=(end,), read_as_float=border.read_as_float)
-            yield self._converted(alone, [*makers, end], 1 / len(others))
+            yield self._converted(replace(border, readers=(end,)), [*makers, end], 1 / len(others))
 
     def _converted(self, border: Border, ends: Sequence[str], share: float) -> tuple[tuple[str, ...], np.ndarray]:
         whole = self.costs.conversion(border, {}, to_integers=True)

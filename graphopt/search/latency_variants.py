@@ -106,7 +106,8 @@ def measure_latency(
     wanted = [Variant(removed) for removed in widths[1:]]
     wanted += _taken_apart(forms, _RANK_LEVELS) if forms is not None else []
     wanted += _on_integers(integers, widths, forms, seed) if integers is not None and integers.losses else []
-    store, key = Measurements(), _key(costs.groups.analysis.model, wanted, feeds, target, threads)
+    form = "" if integers is None else integers.form
+    store, key = Measurements(), _key(costs.groups.analysis.model, wanted, form, feeds, target, threads)
     known = store.read(key)
     if known is not None:
         return LatencyModel(costs, [Measured.from_json(one) for one in known], forms, integers)
@@ -118,10 +119,10 @@ def measure_latency(
     return LatencyModel(costs, measured, forms, integers, (*notes, *store.notes))
 
 
-def _key(model: ir.Model, wanted: Sequence[Variant], feeds: Feeds, target: str, threads: int) -> str:
+def _key(model: ir.Model, wanted: Sequence[Variant], form: str, feeds: Feeds, target: str, threads: int) -> str:
     """All that the measurement depends on; weights do not count."""
     shapes = sorted((name, array.dtype.name, array.shape) for name, array in feeds.items())
-    parts = (print_graph(model), [one.to_json() for one in wanted], shapes, target, threads, device(target))
+    parts = (print_graph(model), [one.to_json() for one in wanted], form, shapes, target, threads, device(target))
     return hashlib.sha256("\n".join(map(repr, (*parts, onnxruntime.__version__))).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt.ir.cost import storage_bytes
 from graphopt.ir.linear import linear_at
+from graphopt.ir.rewrite import DeclinedError, is_op
 from graphopt.ir.text import subgraphs
 from graphopt.search.collaborative_layers import Costing, Layer
 from graphopt.search.costs import CostModel
@@ -17,13 +18,16 @@ from graphopt.search.joint import NodeCosts
 from graphopt.search.layer_forms import LayerForm, LayerForms, low_rank_form
 
 COUNTED = ("macs", "params", "bytes")
+_QUANTIZER_BYTES = 9
+"""Of each channel of a weight: its scale and zero point, and the scale of its bias."""
 
 
 class CountedCosts:
     """A `graphopt.search.joint.NodeCosts` of what `graphopt.search.costs` counts.
 
     Weights that several nodes read count at the first of them. What the whole model costs is the sum over `places` and
-    `fixed`, exactly; with units gone it is exact but for what removal rewrites.
+    `fixed`, exactly; with units gone it is exact but for what removal rewrites, on integers but for quantizers of
+    activations and what folding BatchNormalization saves.
 
     Attributes:
         places: see `NodeCosts`.
@@ -43,15 +47,14 @@ class CountedCosts:
         self._nodes: dict[str, ir.Node] = {}
         self._weights: dict[str, tuple[int, ...]] = {}
         """Indices of the inputs of a node that are weights and that no node before it reads."""
-        self._rounded: dict[str, int] = {}
-        """Index of the input of a node that is stored as integers, if any is."""
+        self._rounded: dict[str, int | None] = {}
+        """Index of the input of a node that is stored as integers on integers, None where none is."""
         self._known: dict[tuple[object, ...], float] = {}
         self.places: dict[str, tuple[str, ...]] = {}
         seen: set[ir.Value] = set()
         for name, node in _named(costs.groups.analysis.model.graph):
             self._nodes[name] = node
-            linear = linear_at(node)
-            self._rounded[name] = 0 if linear is None else linear.weight_index
+            self._rounded[name] = _rounded(node)
             own = [index for index, value in enumerate(node.inputs) if value is not None and value.is_initializer()]
             self._weights[name] = tuple(index for index in own if node.inputs[index] not in seen)
             seen.update(value for value in node.inputs if value is not None and value.is_initializer())
@@ -90,10 +93,31 @@ class CountedCosts:
             layer = self._layers.get(node)
             if form is not None and layer is not None and index == layer.rows.linear.weight_index:
                 elements = self._forms.parameters(node, removed, form)
-            is_rounded = integer and index == self._rounded[node]
-            dtype = ir.DataType.INT8 if is_rounded else value.dtype
-            total += elements if self._kind == "params" else storage_bytes(elements, dtype)
+            if self._kind == "params":
+                total += elements
+            elif integer and index == self._rounded[node]:
+                total += elements + _QUANTIZER_BYTES * _channels(operator, shape)
+            else:
+                total += storage_bytes(elements, value.dtype)
         return total
+
+
+def _rounded(node: ir.Node) -> int | None:
+    """Index of the weight of a product, or of the table that rows are picked from."""
+    try:
+        linear = linear_at(node)
+    except DeclinedError:
+        return None
+    if linear is not None:
+        return linear.weight_index
+    return 0 if is_op(node, "Gather") else None
+
+
+def _channels(node: ir.Node, shape: Sequence[int]) -> int:
+    """How many scales a weight has."""
+    if is_op(node, "Conv") or (is_op(node, "Gemm") and "transB" in node.attributes):
+        return shape[0]
+    return shape[-1]
 
 
 def _named(graph: ir.Graph, prefix: str = "") -> Iterator[tuple[str, ir.Node]]:

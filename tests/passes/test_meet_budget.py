@@ -164,7 +164,7 @@ def test_a_budget_that_cannot_be_met_says_what_can(net: ir.Model) -> None:
     with pytest.raises(TargetMissedError, match="cannot be reached") as caught:
         MeetBudget(macs=0.02, choices=(CHANNELS, RANKS), round_to=4, **QUICK).plan(net)
     assert "least" in caught.value.what
-    assert "ask for less" in (caught.value.help or "")
+    assert "ask for 0.100 of it or more" in (caught.value.help or "")
 
 
 def test_refusals(net: ir.Model) -> None:
@@ -185,7 +185,8 @@ def test_the_whole_budget_changes_nothing(net: ir.Model) -> None:
 
 def test_recipes_and_budgets() -> None:
     assert with_budget(preset("default"), {}) == preset("default")
-    assert with_budget(preset("default"), {"latency": 0.6}).name == "latency"
+    names = {kind: with_budget(preset("default"), {kind: 0.6}).name for kind in ("latency", "bytes", "macs")}
+    assert names == {"latency": "latency-int8", "bytes": "latency-int8", "macs": "latency"}
     assert str(with_budget(preset("collaborative"), {"macs": 0.6}).passes[2]).startswith("meet-budget(macs=0.6")
     assert str(with_budget(preset("prune"), {"bytes": 0.6}).passes[2]).startswith("prune-channels(bytes=0.6")
     wrong: list[tuple[str, dict[str, float]]] = [("int8", {"latency": 0.6}), ("prune", {"latency": 0.5})]

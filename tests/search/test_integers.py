@@ -157,11 +157,13 @@ def test_values_with_many_readers_are_looked_at_reader_by_reader(setting: Settin
     assert split - floats == pytest.approx(-6.0 + 9.0), "all read it as floats: one conversion"
 
 
-def test_bytes_of_integers_are_a_quarter_and_macs_the_same(setting: Setting) -> None:
-    for kind, share in (("bytes", 0.25), ("macs", 1.0), ("params", 1.0)):
+def test_bytes_of_integers_are_a_quarter_with_scales_beside_and_macs_the_same(setting: Setting) -> None:
+    outputs = {node.name: int(list(node.outputs[0].shape or ())[1]) for node in setting.model.graph}
+    for kind, share, each in (("bytes", 0.25, 9), ("macs", 1.0, 0), ("params", 1.0, 0)):
         counted = CountedCosts(setting.costs, kind, setting.forms)
         for node in counted.places:
-            assert counted.at(node, {}, integer=True) == share * counted.at(node, {})
+            whole, scales = counted.at(node, {}), each * outputs[node]
+            assert counted.at(node, {}, integer=True) == share * whole + scales
         assert counted.conversion(Border("a", False, 0, None, (), False), {}, to_integers=True) == 0.0
 
 
