@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -203,23 +205,37 @@ def test_copies_and_replicas_are_modules_of_their_own() -> None:
     assert agrees(model, replica, feeds)
 
 
-def test_data_parallel_and_distributed(tmp_path: Any) -> None:
-    model = parsed(CHAIN)
-    lifted = graphopt.lift(model)
+def test_data_parallel() -> None:
+    lifted = graphopt.lift(parsed(CHAIN))
     data = torch.randn(4, 2)
     torch.testing.assert_close(nn.DataParallel(lifted)(data), lifted(data))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        distributed = nn.parallel.DistributedDataParallel(lifted)
-        distributed(data).square().mean().backward()
-        assert all(parameter.grad is not None for parameter in lifted.parameters())
-        with torch.no_grad():
-            lifted.get_parameter("b").zero_()
-        stored = graphopt.lower(distributed, model).graph.initializers["b"].const_value
-        assert stored is not None
-        assert not stored.numpy().any()
-    finally:
-        torch.distributed.destroy_process_group()
+
+
+_DISTRIBUTED = """
+import os, sys
+import torch
+import graphopt
+from tests.ir.test_lift import CHAIN, parsed
+
+model = parsed(CHAIN)
+lifted = graphopt.lift(model)
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+distributed = torch.nn.parallel.DistributedDataParallel(lifted)
+distributed(torch.randn(4, 2)).square().mean().backward()
+assert all(parameter.grad is not None for parameter in lifted.parameters())
+with torch.no_grad():
+    lifted.get_parameter("b").zero_()
+stored = graphopt.lower(distributed, model).graph.initializers["b"].const_value
+assert not stored.numpy().any()
+os._exit(0)
+"""
+"""In a process that ends without tidying up: gloo of torch 2.13 deadlocks now and then when its group is destroyed."""
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    command = [sys.executable, "-c", _DISTRIBUTED, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pickling_says_what_to_do_instead() -> None:

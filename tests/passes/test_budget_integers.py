@@ -230,7 +230,7 @@ def _planned(model: ir.Model, **options: Any) -> tuple[BudgetPlan, ir.Model]:
     return plan, graph
 
 
-@pytest.mark.parametrize("name", ["grouped-linear", "siamese", "cond-conv", "concatenated-weight"])
+@pytest.mark.parametrize("name", ["grouped-linear", "siamese", "concatenated-weight"])
 @pytest.mark.parametrize("choices", [("channels", "ranks", "blocks"), ("channels", "ranks", "blocks", INTEGERS)])
 def test_computed_and_stacked_weights_are_left_alone(name: str, choices: tuple[str, ...]) -> None:
     model = FoldConstants()(zoo_model(name)).model
