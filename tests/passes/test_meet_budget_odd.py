@@ -98,7 +98,7 @@ def test_bodies_get_cheaper_with_what_they_read() -> None:
 def test_what_cannot_be_reached_is_told_in_the_unit_of_the_budget() -> None:
     with pytest.raises(TargetMissedError, match="of it is the least") as caught:
         planned(mlp([8, 32, 8]), macs=1e-3)
-    least = float((caught.value.help or "").split("less: ")[1].split(" ")[0])
+    least = float((caught.value.help or "").split("ask for ")[1].split(" ")[0])
     assert planned(mlp([8, 32, 8]), macs=least)
 
 
