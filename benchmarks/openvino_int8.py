@@ -83,48 +83,66 @@ def measure(name: str, python: Path, seconds: float) -> Iterator[Row]:
         for number, feeds in enumerate(probe_feeds(read(source), count=CALIBRATION_SAMPLES)):
             np.savez(folder / f"feeds{number}.npz", allow_pickle=False, **feeds)
         progress(f"{name}: graphopt and NNCF")
-        made = [
-            _call(python, folder, "graphopt", source, folder / "graphopt.onnx"),
-            _call(python, folder, "transformer" if is_transformer else "nncf", source, folder / "nncf.xml"),
-        ]
+        made = {
+            OURS: _call(python, folder, "graphopt", source, folder / "graphopt.onnx"),
+            RIVAL: _call(python, folder, "transformer" if is_transformer else "nncf", source, folder / "nncf.xml"),
+        }
         wanted = {OURS: ("onnxruntime", folder / "graphopt.onnx"), RIVAL: ("openvino", folder / "nncf.xml")}
         wanted |= {FLOAT: ("onnxruntime", source), "fp32, OpenVINO": ("openvino", source)}
         wanted |= {"graphopt, OpenVINO": ("openvino", folder / "graphopt.onnx")}
         progress(f"{name}: timing")
-        speeds = _timed(python, folder, wanted, seconds)
-        for tool, speed in speeds.items():
-            own = {OURS: made[0], RIVAL: made[1]}.get(tool, {})
-            yield {"model": name, "tool": tool, "ours_over_it": vars(speed), **own}
+        wanted = {tool: one for tool, one in wanted.items() if "failure" not in made.get(tool, {}) and one[1].exists()}
+        speeds, failures = _timed(python, folder, wanted, seconds)
+        for tool in dict.fromkeys((OURS, RIVAL, *wanted)):
+            row = {"model": name, "tool": tool, **made.get(tool, {})}
+            row |= {"ours_over_it": vars(speeds[tool])} if tool in speeds else {}
+            yield row | ({"failure": failures[tool]} if tool in failures else {})
 
 
 def _call(python: Path, folder: Path, *arguments: str | Path) -> Row:
-    """Let the worker write a file; what it says of it."""
-    done = subprocess.run(_command(python, folder, *arguments), check=True, capture_output=True, text=True, cwd=ROOT)
+    """Let the worker write a file; what it says of it, or why it failed."""
+    command = _command(python, folder, *arguments)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        return {"failure": _last_error(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _last_error(text: str) -> str:
+    """The line of a traceback that says what was wrong."""
+    lines = [line for line in text.strip().splitlines() if line and not line.startswith(" ")]
+    return next((line for line in reversed(lines) if "Error" in line), "the worker ended")[:300]
 
 
 def _command(python: Path, folder: Path, *arguments: str | Path) -> list[str]:
     return [str(python), "-m", "benchmarks.openvino_worker", str(folder), *map(str, arguments)]
 
 
-def _timed(python: Path, folder: Path, wanted: Mapping[str, tuple[str, Path]], seconds: float) -> dict[str, Speed]:
-    """How many times the first is as fast as each."""
+def _timed(
+    python: Path, folder: Path, wanted: Mapping[str, tuple[str, Path]], seconds: float
+) -> tuple[dict[str, Speed], dict[str, str]]:
+    """How many times graphopt's is as fast as each, nothing without graphopt's; and what could not be opened."""
     servers: dict[str, Server] = {}
+    failures: dict[str, str] = {}
+    rounds: list[dict[str, float]] = []
     try:
         for tool, (runtime, path) in wanted.items():
-            servers[tool] = Server(_command(python, folder, "serve", runtime, path))
-        once = {tool: server.run(3) for tool, server in servers.items()}
-        runs = max(1, round(seconds / ROUNDS / sum(once.values())))
-        rounds = [{tool: server.run(runs) for tool, server in servers.items()} for _ in range(ROUNDS)]
+            try:
+                servers[tool] = Server(_command(python, folder, "serve", runtime, path))
+            except RuntimeError as error:
+                failures[tool] = str(error)
+        if OURS in servers:
+            once = {tool: server.run(3) for tool, server in servers.items()}
+            runs = max(1, round(seconds / ROUNDS / sum(once.values())))
+            rounds = [{tool: server.run(runs) for tool, server in servers.items()} for _ in range(ROUNDS)]
     finally:
         for server in servers.values():
             server.close()
-    first = next(iter(wanted))
     found: dict[str, Speed] = {}
-    for tool in wanted:
-        low, median, high = np.quantile([one[tool] / one[first] for one in rounds], (0.25, 0.5, 0.75))
+    for tool in servers if rounds else ():
+        low, median, high = np.quantile([one[tool] / one[OURS] for one in rounds], (0.25, 0.5, 0.75))
         found[tool] = Speed(median=float(median), low=float(low), high=float(high))
-    return found
+    return found, failures
 
 
 class Server:
@@ -148,7 +166,7 @@ class Server:
         line = self._process.stdout.readline()
         if not line:
             _, errors = self._process.communicate()
-            raise RuntimeError(errors.strip().splitlines()[-1] if errors.strip() else "the worker ended")
+            raise RuntimeError(_last_error(errors))
         return line
 
     def close(self) -> None:
@@ -158,20 +176,21 @@ class Server:
 
 
 def goals(name: str, rows: Sequence[Row]) -> Iterator[Goal]:
-    """Not slower than OpenVINO's own by more than 5 %, nor than float."""
-    speeds = {row["tool"]: row["ours_over_it"] for row in rows}
+    """Not slower than OpenVINO's own by more than 5 %, nor than float; none where the provider cannot read the file."""
+    speeds = {row["tool"]: row["ours_over_it"] for row in rows if "ours_over_it" in row}
     for rival, least in ((RIVAL, NEAR), (FLOAT, 1.0)):
-        claim = f"{name}: at least {least} times the speed of {rival}"
-        yield Goal(claim, ratio(speeds[rival]), speeds[rival]["median"] >= least)
+        if rival in speeds:
+            claim = f"{name}: at least {least} times the speed of {rival}"
+            yield Goal(claim, ratio(speeds[rival]), speeds[rival]["median"] >= least)
 
 
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
     ("tool", lambda row: row["tool"]),
-    ("graphopt x it", lambda row: ratio(row["ours_over_it"])),
+    ("graphopt x it", lambda row: ratio(row["ours_over_it"]) if "ours_over_it" in row else "-"),
     ("MB", lambda row: f"{row['megabytes']:.1f}" if "megabytes" in row else ""),
     ("tool s", lambda row: f"{row['seconds']:.1f}" if "seconds" in row else ""),
-    ("versions", lambda row: row.get("version", "")),
+    ("versions", lambda row: row.get("failure", row.get("version", ""))[:70]),
 )
 
 
