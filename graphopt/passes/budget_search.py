@@ -383,7 +383,7 @@ class BudgetSearch:
         what, way = error.what, "ask for more to be left"
         if error.least is not None:
             reachable = error.least / self.whole if measured is None else measured
-            least = f"{reachable * self.whole / 1e3:.4g} ms" if self._is_timed else f"{error.least:,.0f}"
+            least = f"{reachable * self.whole / 1e3:.4g} ms" if self._is_timed else f"{reachable * self.whole:,.0f}"
             what, way = (
                 f"{reachable:.3f} of it is the least, {least}",
                 f"ask for {math.ceil(reachable * 1e3) / 1e3:.3f} of it or more",
