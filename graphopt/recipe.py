@@ -22,7 +22,7 @@ else:
 
 PASSES: dict[str, type[Pass]] = {**ALL_PASSES, TrainQuantized.name: TrainQuantized}
 """Every pass that a recipe may name: those of `graphopt.passes`, and those that stand on several rooms (ADR 0011)."""
-_FIRST: tuple[str, ...] = ("eliminate-identity", "fold-constants")
+_FIRST: tuple[str, ...] = ("fold-constants", "eliminate-identity")
 _EXACT: tuple[str, ...] = (
     "fuse-attention",
     "fuse-normalization",
@@ -34,6 +34,7 @@ _EXACT: tuple[str, ...] = (
     "merge-branches",
     "merge-linear",
     "merge-common-subexpressions",
+    "legalize",
     "eliminate-dead-code",
 )
 _LAST: tuple[str, ...] = ("merge-initializers",)

@@ -42,7 +42,7 @@ def test_every_pass_is_in_some_preset() -> None:
 def test_pruning_comes_before_what_hides_batch_normalization_and_attention() -> None:
     for name in ("prune", "prune-int8"):
         order = [single.name for single in preset(name).passes]
-        assert order[:3] == ["eliminate-identity", "fold-constants", "prune-channels"]
+        assert order[:3] == ["fold-constants", "eliminate-identity", "prune-channels"]
         assert preset(name).tolerance is None
         assert dict(preset(name).passes[2].options())["compensation"] == "least-squares"
     assert order[-3:] == ["quantize", "fold-reconstruction", "merge-initializers"]

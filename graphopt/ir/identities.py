@@ -141,15 +141,23 @@ def _neutral(element: float, *, either_side: bool) -> Callable[[ir.Node], ir.Val
         pairs = [(left, right), (right, left)] if either_side else [(left, right)]
         for value, number in pairs:
             array = constant(number)
-            if value is None or array is None or array.size != 1 or constant(value) is not None:
+            if value is None or array is None or array.size == 0 or constant(value) is not None:
                 continue
-            of_rank = rank(value)
-            adds_no_axis = array.ndim == 0 or (of_rank is not None and array.ndim <= of_rank)
-            if adds_no_axis and float(array.reshape(-1)[0]) == element:
+            if _broadcasts_to(array.shape, value) and bool((array == element).all()):
                 return value
         return None
 
     return find
+
+
+def _broadcasts_to(shape: Sequence[int], value: ir.Value) -> bool:
+    """Whether a constant of this shape leaves the shape of the value beside it as it is."""
+    if not shape:
+        return True
+    of_rank = rank(value)
+    if of_rank is None or len(shape) > of_rank:
+        return False
+    return all(size in (1, known_dim(value, axis - len(shape))) for axis, size in enumerate(shape))
 
 
 _OPERAND_KEPT: Mapping[str, Callable[[ir.Node], ir.Value | None]] = {

@@ -17,6 +17,7 @@ from graphopt.passes.fuse_activations import FuseActivations
 from graphopt.passes.fuse_attention import FuseAttention
 from graphopt.passes.fuse_normalization import FuseNormalization
 from graphopt.passes.fuse_pad import FusePad
+from graphopt.passes.legalize import Legalize
 from graphopt.passes.meet_budget import MeetBudget
 from graphopt.passes.merge_branches import MergeBranches
 from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
@@ -43,6 +44,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseAttention,
         MergeCommonSubexpressions,
+        Legalize,
         MergeInitializers,
         EqualizeChannels,
         MigrateScales,
@@ -74,6 +76,7 @@ __all__ = [
     "FuseAttention",
     "FuseNormalization",
     "FusePad",
+    "Legalize",
     "MeetBudget",
     "MergeBranches",
     "MergeCommonSubexpressions",

@@ -1,27 +1,33 @@
-"""Pass pool-reduce-mean: the mean over the spatial axes becomes the operator that has int8 kernels."""
+"""Pass pool-reduce-mean: the mean over the spatial axes, however it is written, becomes GlobalAveragePool."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.ir.linear import spatial
 from graphopt.ir.rewrite import DeclinedError, Rewriter, constant, integers, is_op, rank
 from graphopt.passes.contract import Context, Pass, Semantics
 
 
 @dataclass(frozen=True)
 class PoolReduceMean(Pass):
-    """Write ReduceMean over all spatial axes as GlobalAveragePool.
+    """Write ReduceMean over all spatial axes, and AveragePool with one window over all of them, as GlobalAveragePool.
 
-    Both compute the same mean; onnxruntime has a quantized kernel for GlobalAveragePool only, and exporters
-    write ReduceMean::
+    All compute the same mean; onnxruntime has a quantized kernel for GlobalAveragePool, none for ReduceMean, and
+    exporters write ReduceMean::
 
         ReduceMean[axes = 2..r-1, keepdims = 1](x)  =  GlobalAveragePool(x)
         ReduceMean[axes = 2..r-1, keepdims = 0](x)  =  Flatten[axis = 1](GlobalAveragePool(x))
+        AveragePool[kernel_shape >= sizes of x](x)  =  GlobalAveragePool(x)
 
-    Tensors of rank 4 and 5 only: over rank 3 the last axis is more often features than space, and means over
+    A window that is larger than the tensor is cut to it in `ceil_mode` (torch's EfficientNet is written so; OpenVINO
+    refuses such a window). It has to be without padding, the sizes known.
+
+    ReduceMean of rank 4 and 5 only: over rank 3 the last axis is more often features than space, and means over
     features belong to normalisations.
 
     Before::
@@ -46,10 +52,35 @@ class PoolReduceMean(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Rewrite every mean over exactly the spatial axes."""
-        Rewriter(model).until_stable(_pool, "pool ReduceMean", context.missed)
+        rewriter = Rewriter(model)
+        rewriter.until_stable(_pool_reduced, "pool ReduceMean", context.missed)
+        rewriter.until_stable(_pool_whole, "pool AveragePool", context.missed)
 
 
-def _pool(rewriter: Rewriter, node: ir.Node) -> bool:
+def _pool_whole(rewriter: Rewriter, node: ir.Node) -> bool:
+    """AveragePool with a single window, which covers everything."""
+    data = node.inputs[0] if is_op(node, "AveragePool") else None
+    kernel = integers(node, "kernel_shape")
+    shape = None if data is None else data.shape
+    if data is None or kernel is None or shape is None:
+        return False
+    sizes = tuple(size for size in list(shape)[2:] if isinstance(size, int))
+    if len(sizes) != len(kernel) or any(map(operator.lt, kernel, sizes)):
+        return False
+    place, ceil = spatial(node, kernel), node.attributes.get("ceil_mode")
+    if any(place.begins + place.ends) or set(place.dilations) != {1}:
+        return False
+    cut = [size + stride for size, stride in zip(sizes, place.strides, strict=True)]
+    if kernel != sizes and (ceil is None or not ceil.as_int() or any(map(operator.ge, kernel, cut))):
+        return False  # there is no such window
+    result = node.outputs[0]
+    rewriter.supersede(
+        result, rewriter.insert(node, "GlobalAveragePool", [data], like=result, suffix="mean").outputs[0]
+    )
+    return True
+
+
+def _pool_reduced(rewriter: Rewriter, node: ir.Node) -> bool:
     if not is_op(node, "ReduceMean"):
         return False
     data = node.inputs[0]

@@ -19,9 +19,10 @@ from graphopt.passes.contract import Context, Pass, Semantics
 from graphopt.passes.dequantize_model import dequantize_model
 from graphopt.passes.dequantize_regions import quantized_regions
 from graphopt.passes.quantize_apply import apply_plan, linear_operator, weight_axis
-from graphopt.passes.quantize_datafree import RANGE_SOURCES, observe_ranges
+from graphopt.passes.quantize_datafree import RANGE_SOURCES, observe_ranges, range_origin
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import (
+    OPERANDS,
     WIDE,
     Placement,
     already_quantized,
@@ -40,16 +41,14 @@ from graphopt.passes.quantize_ranges import (
 )
 from graphopt.passes.quantize_saturation import SAFE_BITS, kernels_of, saturating_kernels
 from graphopt.passes.quantize_search import repair, weights_under
-from graphopt.passes.quantize_speed import fastest
+from graphopt.passes.quantize_speed import COMPARED, COMPARED_ON, fastest
 from graphopt.passes.quantize_weights import WeightOptions, plan_weights
 from graphopt.passes.quantize_weights_apply import apply_weights
 
 Observed = dict[str, tuple[Statistics, str]]
 """Statistics of activations by name, each with the source of the inputs that it was observed on."""
-PLACEMENTS = ("auto", "static", "dynamic", "weights")
+PLACEMENTS = ("auto", "static", "dynamic", OPERANDS, "weights")
 """What may be asked for as `Quantize.form`."""
-_COMPARED = ("auto", "static", "dynamic")
-"""Forms that are timed; the first is taken where nothing is faster."""
 _WIDE = (
     "activations have 16 bits: onnxruntime's CPU kernels compute in floats between them, slower than floats alone; "
     "for targets that have kernels of 16 bits"
@@ -84,7 +83,8 @@ class Quantize(Pass):
     Options:
         ranges: "minmax", "percentile", "entropy" or "mse": how observed values become a range.
         form: "auto" (Conv static; Gemm and MatMul static where their input arrives on integers, else dynamic),
-            "static" or "dynamic" for all linear operators, "weights" for weights alone.
+            "static" or "dynamic" for all linear operators, "operands" for what products read (those of two activations
+            too) and nothing else, for compilers that place the rest (OpenVINO), "weights" for weights alone.
         exclude: shell patterns of node names, weight names or operator types that stay float.
         percentile: percent of the values that "percentile" keeps inside the range.
         bits: width of activations and weights, 2 to 8, stored in 8.
@@ -135,6 +135,7 @@ class Quantize(Pass):
         "fold-affine",
         "fuse-pad",
         "merge-linear",
+        "legalize",
         "merge-branches",
         "pool-reduce-mean",
         "prune-channels",
@@ -281,7 +282,7 @@ class Quantize(Pass):
         def decide(form: str, overrides: Overrides) -> QuantizePlan:
             return replace(self, form=form)._decide(model, silent, overrides, observed)
 
-        return fastest(model, _COMPARED, silent, decide=decide, write=self.apply, by_kind=False).form
+        return fastest(model, COMPARED, silent, decide=decide, write=self.apply, by_kind=False).form
 
     def unquantized(self, model: ir.Model, context: Context) -> ir.Model:
         """What is planned for: the model itself, or with `requantize` a float copy of one that is quantized already."""
@@ -303,7 +304,7 @@ class Quantize(Pass):
         def decide(form: str, overrides: Overrides) -> QuantizePlan:
             return replace(self, form=form)._decide(model, silent, overrides, observed)
 
-        found = fastest(model, _COMPARED, context, decide=decide, write=self.apply)
+        found = fastest(model, COMPARED_ON.get(context.target, COMPARED), context, decide=decide, write=self.apply)
         context.evidence["speed"] = found
         for line in found.summary():
             context.note("quantize", line, "model")
@@ -372,7 +373,7 @@ class Quantize(Pass):
     def _activations(
         self, model: ir.Model, placement: Placement, context: Context, overrides: Overrides, observed: Observed
     ) -> list[TensorPlan]:
-        names = {value.name or "": _origin(value).name or "" for value in placement.quantized}
+        names = {value.name or "": range_origin(value).name or "" for value in placement.quantized}
         aliases = {name: origin for name, origin in names.items() if name not in observed}
         if aliases:
             found, sources = observe_ranges(
@@ -386,12 +387,17 @@ class Quantize(Pass):
             for value in (*data_inputs(node), *node.outputs, *(user.outputs[0] for user in node.outputs[0].consumers()))
         }
         bits = {name: max(8, self.data_width) if name in wide else self.data_width for name in names}
-        return [self._activation(name, *observed[name], bits[name], context) for name in names]
+        balanced = placement.balanced
+        return [self._activation(name, *observed[name], bits[name], name in balanced, context) for name in names]
 
-    def _activation(self, name: str, statistics: Statistics, source: str, bits: int, context: Context) -> TensorPlan:
+    def _activation(
+        self, name: str, statistics: Statistics, source: str, bits: int, balanced: bool, context: Context
+    ) -> TensorPlan:
         if statistics.non_finite:
             context.note("quantize", f"{statistics.non_finite} values are NaN or infinite, left out of the range", name)
         low, high = activation_range(statistics, self.ranges, self.percentile, bits)
+        if balanced:
+            low, high = -max(-low, high), max(-low, high)
         scale, zero = asymmetric_quantizer(low, high, bits)
         return TensorPlan(name, "activation", bits, False, None, (scale,), (zero,), source)
 
@@ -475,14 +481,6 @@ def _stored(value: ir.Value) -> np.ndarray:
     array = constant(value)
     assert array is not None
     return array
-
-
-def _origin(value: ir.Value) -> ir.Value:
-    """The value that a folded clamp reads, else the value itself."""
-    producer = value.producer()
-    if producer is not None and is_op(producer, "Relu", "Clip") and producer.inputs[0] is not None:
-        return producer.inputs[0]
-    return value
 
 
 def _input_scale(value: ir.Value, placement: Placement, scale_of: Mapping[str, float]) -> float:

@@ -11,8 +11,15 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError
 from graphopt.ir.linear import linear_at
 from graphopt.ir.quantizer import TensorPlan
-from graphopt.ir.rewrite import Rewriter, constant, discard_if_dead, discard_if_unread, is_op
-from graphopt.passes.quantize_placement import attribute, clamp_bounds, data_inputs, node_name, scaling_factor
+from graphopt.ir.rewrite import Rewriter, constant, discard_if_dead, discard_if_unread, is_op, rank
+from graphopt.passes.quantize_placement import (
+    attribute,
+    clamp_bounds,
+    data_inputs,
+    is_product,
+    node_name,
+    scaling_factor,
+)
 from graphopt.passes.quantize_plan import QuantizePlan
 
 INT32_LIMIT = 2**31 - 1
@@ -94,9 +101,27 @@ class _Writer:
         folded = clamp is not None and self._form(clamp) == "folded"
         planned = self.activations.get((clamp.outputs[0].name if folded and clamp else output.name) or "")
         if planned is None:
+            self._part_from_bias(node)
             return
         quantized = self._saturated(self._quantize_linear(output, planned, after=node), planned)
         self._publish(output, quantized, planned)
+
+    def _part_from_bias(self, node: ir.Node) -> None:
+        """Give the bias behind a MatMul as many axes as the product has.
+
+        onnxruntime makes a Gemm between two Reshapes of MatMul and a bias of one axis, before a provider sees either.
+        """
+        product = node.outputs[0]
+        readers, of_rank = product.consumers(), rank(product)
+        if not is_op(node, "MatMul") or len(readers) != 1 or not is_op(readers[0], "Add") or of_rank is None:
+            return
+        index = 1 if readers[0].inputs[0] is product else 0
+        bias, array = readers[0].inputs[index], constant(readers[0].inputs[index])
+        if bias is not None and array is not None and array.ndim == 1 < of_rank:
+            readers[0].replace_input_with(
+                index, self._parameter(bias, "bias", array.reshape(*[1] * (of_rank - 1), -1), None)
+            )
+            discard_if_unread(bias)
 
     def _static_weight(self, node: ir.Node) -> None:
         linear = linear_at(node)
@@ -379,7 +404,7 @@ class _Writer:
 
 def linear_operator(node: ir.Node) -> bool:
     """Whether input 1 of the node is a weight."""
-    return is_op(node, "Conv", "Gemm", "MatMul")
+    return is_op(node, "Conv", "Gemm", "MatMul") and not is_product(node)
 
 
 def weight_axis(node: ir.Node) -> int:

@@ -26,7 +26,7 @@ from graphopt.inputs.batches import usual_samples
 from graphopt.inputs.observe import Statistics, observe
 from graphopt.inputs.probes import InputSpec
 from graphopt.inputs.source import SOURCES, Probes
-from graphopt.ir.rewrite import Rewriter, rank
+from graphopt.ir.rewrite import Rewriter, is_op, rank
 from graphopt.ir.statistics import BATCHNORM_STATISTICS
 from graphopt.passes.contract import Context
 
@@ -172,3 +172,11 @@ def _steer(rewriter: Rewriter, value: ir.Value, statistics: tuple[np.ndarray, np
     result = moved.outputs[0]
     result.name, value.name = value.name, result.name
     result.shape = value.shape
+
+
+def range_origin(value: ir.Value) -> ir.Value:
+    """The value whose range is observed for a quantizer: what a folded clamp reads, else the value itself."""
+    producer = value.producer()
+    if producer is not None and is_op(producer, "Relu", "Clip") and producer.inputs[0] is not None:
+        return producer.inputs[0]
+    return value

@@ -52,6 +52,8 @@ _NO_KERNEL = {
 }
 
 
+OPERANDS = "operands"
+"""The form for compilers that place quantizers themselves behind the products."""
 WIDE = 16
 """Bits of activations beyond 8."""
 _MOVES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather", "Tile"}
@@ -69,12 +71,15 @@ class Placement:
         operators: the same for the plan, with the reasons of what was declined, in graph order.
         quantized: float values that get a quantizer of their own, in graph order.
         constants: constant operands of KERNEL nodes.
+        balanced: names of what stands right in a product of activations; its zero point is to be in the middle, since
+            OpenVINO computes in floats otherwise.
     """
 
     forms: dict[ir.Node, str] = field(default_factory=dict)
     operators: list[OperatorPlan] = field(default_factory=list)
     quantized: list[ir.Value] = field(default_factory=list)
     constants: list[ir.Value] = field(default_factory=list)
+    balanced: set[str] = field(default_factory=set)
 
 
 def already_quantized(model: ir.Model) -> ir.Node | None:
@@ -93,11 +98,16 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     return default if found is None else found.value
 
 
+def is_product(node: ir.Node) -> bool:
+    """Whether a MatMul multiplies by something that is no weight: scores and values of attention."""
+    return is_op(node, "MatMul") and constant(node.inputs[1]) is None
+
+
 def data_inputs(node: ir.Node) -> list[ir.Value]:
     """The inputs that hold activations or their constant counterparts, without sizes, axes, weights and biases."""
     if scaling_factor(node) is not None:
         return [value for value in node.inputs if value is not None and constant(value) is None]
-    if node.op_type in ("Add", "Mul", "Concat"):
+    if node.op_type in ("Add", "Mul", "Concat") or is_product(node):
         return [value for value in node.inputs if value is not None]
     return [value for value in node.inputs[:1] if value is not None]
 
@@ -125,8 +135,8 @@ def place(
 
     Args:
         model: canonical model, `graphopt.passes.quantize_legalize` done.
-        form: "static", "dynamic", or "auto": Conv static, Gemm and MatMul static where their input arrives on
-            integers anyway and dynamic where it does not.
+        form: "static", "dynamic", "operands" (what a product reads, and nothing else), or "auto": Conv static, Gemm
+            and MatMul static where their input arrives on integers anyway and dynamic where it does not.
         exclude: names of nodes or weights, or operator types, to leave in float; shell patterns.
         kept_float: names of nodes to leave in float, with the reason.
         wide: whether activations have 16 bits.
@@ -166,7 +176,11 @@ class _Placer:
             if node.op_type in _NO_KERNEL and node.domain == "":
                 self.declined[node] = _NO_KERNEL[node.op_type]
             return
-        reason = self._excluded(node) or _CHECKS.get(node.op_type, _accept)(node)
+        operands = self.form == OPERANDS
+        if operands and role is not Role.LINEAR:
+            return
+        check = _accept if operands and is_product(node) else _CHECKS.get(node.op_type, _accept)
+        reason = self._excluded(node) or check(node)
         if reason is None and any(value.dtype not in (None, ir.DataType.FLOAT) for value in data_inputs(node)):
             reason = f"computes in {data_inputs(node)[0].dtype}, int8 kernels replace float32 only"
         if self.wide and role is Role.INTEGER and node.op_type not in _MOVES and scaling_factor(node) is None:
@@ -204,8 +218,8 @@ class _Placer:
 
     def _is_seed(self, node: ir.Node) -> bool:
         if node.op_type == "Conv":
-            return not is_depthwise(node)
-        return self.form == "static"
+            return self.form == OPERANDS or not is_depthwise(node)
+        return self.form in ("static", OPERANDS)
 
     def _joins(self, node: ir.Node, boundary: set[ir.Value]) -> bool:
         activations = [value for value in data_inputs(node) if constant(value) is None]
@@ -257,6 +271,8 @@ class _Placer:
 
         Not so a MatMul with a bias behind it: onnxruntime makes a float Gemm of the two first.
         """
+        if self.form == OPERANDS:
+            return False
         if is_op(node, "MatMul"):
             return any(is_op(user, "Add") for user in node.outputs[0].consumers())
         return not is_op(node, "Gemm")
@@ -297,6 +313,7 @@ class _Placer:
             if form is not None:
                 placement.forms[node] = form
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, form))
+                placement.balanced |= {value.name or "" for value in node.inputs[1:] if value and is_product(node)}
             elif node in self.declined:
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, "float", self.declined[node]))
             if form in ("static", "integer"):

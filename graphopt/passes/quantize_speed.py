@@ -30,9 +30,13 @@ from graphopt.ir.text import print_graph
 from graphopt.ir.timing import interleave
 from graphopt.passes.contract import Context
 from graphopt.passes.quantize_legalize import legalize
-from graphopt.passes.quantize_placement import is_depthwise, node_name
+from graphopt.passes.quantize_placement import OPERANDS, is_depthwise, node_name
 from graphopt.passes.quantize_plan import OperatorPlan, Overrides, QuantizePlan
 
+COMPARED = ("auto", "static", "dynamic")
+"""Forms that are timed; the first is taken where nothing is faster."""
+COMPARED_ON = {"openvino": (*COMPARED, OPERANDS)}
+"""The same for targets that compile whole graphs."""
 FASTER = 1.02
 """A form is taken where the median of the ratios is above this, and three quarters of the rounds agree."""
 _MOST_TRIALS = 24

@@ -1,0 +1,51 @@
+"""Pass legalize: what OpenVINO's provider does not take is written otherwise, with the same results to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+from golden import docstring_blocks, parse
+
+from graphopt.ir.session import open_session
+from graphopt.ir.text import print_graph
+from graphopt.passes import Context, Legalize
+from graphopt.recipe import preset
+
+_GUARDS = """<ir_version: 10, opset_import: ["": 21]>
+g (float[4] x, float[4] z) => (float[4] y, bool[4] missing, float[4] w) {
+  missing = IsNaN (x)
+  y = Where (missing, z, x)
+  other = IsNaN (z)
+  w = Where (other, x, z)
+}"""
+
+
+def test_before_and_after_of_the_docstring() -> None:
+    before, after = (parse(text) for text in docstring_blocks(Legalize))
+    Legalize(target="openvino").run(before, Context())
+    assert print_graph(before) == print_graph(after)
+
+
+def test_results_are_those_of_is_nan() -> None:
+    model = parse(_GUARDS)
+    legal = model.clone()
+    Legalize().run(legal, Context(target="openvino"))
+    assert not any(node.op_type == "IsNaN" for node in legal.graph)
+    assert [node.op_type for node in legal.graph].count("Not") == 1, "missing is an output"
+    x = np.array([1, np.nan, -np.inf, np.nan], np.float32)
+    z = np.array([np.nan, 2, 3, np.nan], np.float32)
+    for expected, found in zip(*(open_session(one).run(None, {"x": x, "z": z}) for one in (model, legal)), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_other_targets_are_left_alone() -> None:
+    model = parse(_GUARDS)
+    before = print_graph(model)
+    context = Context(target="cpu")
+    Legalize().run(model, context)
+    assert print_graph(model) == before
+    assert not context.remarks
+
+
+def test_it_stands_before_what_times_the_graph() -> None:
+    names = [single.name for single in preset("int8").passes]
+    assert names.index("fuse-attention") < names.index("legalize") < names.index("quantize")
