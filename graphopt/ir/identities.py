@@ -151,11 +151,15 @@ def _neutral(element: float, *, either_side: bool) -> Callable[[ir.Node], ir.Val
 
 
 def _broadcasts_to(shape: Sequence[int], value: ir.Value) -> bool:
-    """Whether a constant of this shape leaves the shape of the value beside it as it is."""
-    if not shape:
-        return True
+    """Whether a constant of this shape leaves the shape of the value beside it as it is.
+
+    Not a vector: that is the bias of a layer, which kernels add for nothing, and a network before training is full of
+    zero ones.
+    """
+    if len(shape) == 1 < shape[0]:
+        return False
     of_rank = rank(value)
-    if of_rank is None or len(shape) > of_rank:
+    if shape and (of_rank is None or len(shape) > of_rank):
         return False
     return all(size in (1, known_dim(value, axis - len(shape))) for axis, size in enumerate(shape))
 

@@ -396,8 +396,9 @@ class Quantize(Pass):
         if statistics.non_finite:
             context.note("quantize", f"{statistics.non_finite} values are NaN or infinite, left out of the range", name)
         low, high = activation_range(statistics, self.ranges, self.percentile, bits)
-        if balanced:
-            low, high = -max(-low, high), max(-low, high)
+        if balanced:  # the integer in the middle is 0.0
+            half, high = 2 ** (bits - 1), max(-low, high)
+            low = -high * half / (half - 1)
         scale, zero = asymmetric_quantizer(low, high, bits)
         return TensorPlan(name, "activation", bits, False, None, (scale,), (zero,), source)
 
