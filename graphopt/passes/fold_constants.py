@@ -14,7 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacement
 
-from graphopt.ir.rewrite import constant_tensor, discard_if_unread, is_op, static_shape
+from graphopt.ir.identities import remove_no_op
+from graphopt.ir.rewrite import Rewriter, constant_tensor, discard_if_unread, is_op, static_shape
 from graphopt.passes.contract import Context, Pass, Semantics
 
 _KEEP = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -32,7 +33,8 @@ class FoldConstants(Pass):
     Three limits are ours. A result is stored only where it is at most `growth` times as large as its operands
     together, or small (4096 elements): Expand, ConstantOfShape, Tile or an outer sum of large constants stay.
     The size is known before anything is computed, so memory is bounded. QuantizeLinear and DequantizeLinear are
-    never folded, since the quantized weight is what is to be stored.
+    never folded, since the quantized weight is what is to be stored. What hands a constant on unchanged (Identity) is
+    passed over, not folded: a copy would no longer be tied to the constant.
 
     Options:
         growth: elements of a result over elements of all operands. 4 lets a relative position bias (a table
@@ -62,6 +64,7 @@ class FoldConstants(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> None:
         """Fold, then keep all constants as initializers."""
+        Rewriter(model).until_stable(_hand_on, "pass over", lambda what, why, where: None)
         folder = _Folder(
             shape_inference=True,
             input_size_limit=sys.maxsize,
@@ -82,6 +85,10 @@ class FoldConstants(Pass):
                 if _operands_are_constant(node):
                     why = _reason_to_keep(node, self.growth) or "the reference evaluator cannot compute it"
                     context.missed("fold constant", why, node)
+
+
+def _hand_on(rewriter: Rewriter, node: ir.Node) -> bool:
+    return _operands_are_constant(node) and remove_no_op(rewriter, node)
 
 
 class _Folder(FoldConstantsPass):

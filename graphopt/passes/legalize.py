@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.ir.rewrite import Rewriter, discard_if_dead, is_op
+from graphopt.ir.rewrite import DeclinedError, Rewriter, discard_if_dead, is_op
 from graphopt.passes.contract import Context, Pass, Semantics
 
 
@@ -67,6 +67,8 @@ def _not_itself(rewriter: Rewriter, node: ir.Node) -> bool:
     if not is_op(node, "IsNaN"):
         return False
     data, result = node.inputs[0], node.outputs[0]
+    if data is None or data.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16):
+        raise DeclinedError("Equal is not known to compare numbers of this type")
     made = rewriter.insert(node, "Equal", [data, data], like=result, suffix="equal")
     equal = made.outputs[0]
     equal.shape = result.shape

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.rewrite import (
-    DeclinedError,
-    Rewriter,
-    constant_float64,
-    discard_if_unread,
-    is_op,
-    known_dim,
-    to_tensor,
-)
+from graphopt.ir.rewrite import DeclinedError, Rewriter, constant_float64, is_op, to_tensor
 
 
 def spread_group_normalization(rewriter: Rewriter, node: ir.Node) -> bool:
-    """Write GroupNormalization-21 (and -18) of x [N, C, ...] as instances [N, groups, rest], each normalized by itself.
+    """Write GroupNormalization-21 of x [N, C, ...] as instances [N, groups, rest], each normalized by itself.
 
         y = Reshape(InstanceNormalization(Reshape(x, [N, groups, -1]), 1, 0), shape of x) * scale + bias
 
     Raises:
-        DeclinedError: x is no float32, has no known number of channels, or scale and bias are computed at run time.
+        DeclinedError: x is no float32, has no known rank, or scale and bias are computed at run time.
     """
     if not is_op(node, "GroupNormalization"):
         return False
     data, result = node.inputs[0], node.outputs[0]
     scale, bias = (constant_float64(value) for value in node.inputs[1:3])
-    channels = None if data is None else known_dim(data, 1)
-    if data is None or data.shape is None or channels is None:
-        raise DeclinedError("the number of its channels is not known")
+    if data is None or data.shape is None:
+        raise DeclinedError("the rank of its operand is not known")
     if data.dtype != ir.DataType.FLOAT:
         raise DeclinedError("its operand is no float32, in which the operator itself keeps the statistics")
     if scale is None or bias is None:
@@ -70,11 +59,6 @@ def spread_group_normalization(rewriter: Rewriter, node: ir.Node) -> bool:
         target.type = ir.TensorType(ir.DataType.INT64)
     value = add("Reshape", value, target, shape=data.shape)
     for op_type, role, array in (("Mul", "scale", scale), ("Add", "bias", bias)):
-        spread = np.repeat(array, channels // array.size).reshape(channels, *[1] * (of_rank - 2))
-        value = add(op_type, value, weight(role, spread), shape=data.shape)
-    old: Sequence[ir.Value | None] = node.inputs[1:3]
+        value = add(op_type, value, weight(role, array.reshape(-1, *[1] * (of_rank - 2))), shape=data.shape)
     rewriter.supersede(result, value)
-    for operand in old:
-        if operand is not None:
-            discard_if_unread(operand)
     return True
