@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from graphopt.errors import DataError, GraphoptError
+from graphopt.errors import DataError, GraphoptError, InvalidGraphError
 from graphopt.export.report import APPLIED, BUDGET, DEFECT, ROLLED_BACK, SPEED, UNCHANGED, Size, Step
 from graphopt.ir.check import check_structure
 from graphopt.ir.compare import Comparison, compare_runs, exact_tolerance
@@ -20,6 +20,7 @@ from graphopt.ir.cost import cost
 from graphopt.ir.session import Session, open_session
 from graphopt.ir.timing import Benchmark, interleave
 from graphopt.passes.contract import Context, Evidence, Pass, Remark, Semantics, Verdict
+from graphopt.passes.quantize_protection import RUINED
 
 Evaluate = Callable[[onnxruntime.InferenceSession], float]
 """The user's metric of a session, higher is better."""
@@ -94,7 +95,7 @@ class Guard:
         sizes: elements of the symbolic dimensions in the feeds.
         counted: on how many of the feeds, from the first, the error of a lossy graph is judged; None for all. The
             others are made up beside inputs of the user's: on them only what must stay within rounding is compared.
-        notes: what the user should know about the original, filled while measuring it.
+        notes: what the user should know about the original and the result, filled while measuring them.
     """
 
     original: ir.Model
@@ -113,6 +114,10 @@ class Guard:
     _best: Session | None = None
     _best_speed: float = 1.0
     _seconds: float = _LEAST_SECONDS
+    _original_on: str = ""
+    """Where the original runs: the target, or else the CPU."""
+    _loads: bool = True
+    """Whether a graph has been loaded on the target."""
 
     def first_step(self) -> Step:
         """Measure the original: reference outputs with onnxruntime's optimisations off, metric, latency."""
@@ -120,7 +125,7 @@ class Guard:
         reference = open_session(self.original, optimized=False, threads=self.threads)
         self._reference = [reference.run_feeds(feeds) for feeds in self.feeds]
         del reference
-        self._best = self._open(self.original)
+        self._best = self._open_original()
         self._anchor = self._choose_anchor([self._best.run_feeds(feeds) for feeds in self.feeds])
         if self.budget.evaluate is not None:
             self._metric = measure_metric(self.budget.evaluate, self._best)
@@ -212,12 +217,19 @@ class Guard:
     def final(self) -> Final:
         """Time the original and the best graph in turns once more, compare their outputs and evaluate both."""
         assert self._best is not None
-        original = self._open(self.original)
+        original = open_session(self.original, target=self._original_on, threads=self.threads)
         timing = self._time(original, self._best, seconds=3 * self._seconds)
         if timing.is_slower():
             timing = self._time(original, self._best, seconds=6 * self._seconds)
+        if not self._loads:
+            self.notes.append(f"the result does not load on {self.target} either")
         feeds = self.feeds[: self.counted] if self._is_lossy else self.feeds
         error = self._compare([self._best.run_feeds(one) for one in feeds])
+        if self._is_lossy and not self.budget.is_limited and error.rms_error > RUINED:
+            self.notes.append(
+                f"outputs moved by {error.rms_error:.2g} of what they are (rms), and no `evaluate` and no `tolerance` "
+                "says how much may be lost: measure the accuracy before you deploy this"
+            )
         metric = None
         if self.budget.evaluate is not None and self._metric is not None:
             metric = (self._metric, measure_metric(self.budget.evaluate, self._best))
@@ -264,8 +276,30 @@ class Guard:
             return f"metric fell by {drop:.3g} ({self._metric:.4g} -> {metric:.4g}), allowed {allowed:.3g}"
         return None
 
+    def _open_original(self) -> Session:
+        try:
+            session = self._open(self.original)
+            self._original_on = self.target
+        except InvalidGraphError as error:
+            if self.target == "cpu":
+                raise
+            self._loads, self._original_on = False, "cpu"
+            session = self._open(self.original)
+            self.notes.append(
+                f"the input does not load on {self.target}, results are compared with it on cpu: {error.what}"
+            )
+        return session
+
     def _open(self, model: ir.Model) -> Session:
-        return open_session(model, target=self.target, threads=self.threads)
+        """A session on the target; until the first graph that loads there, on the CPU where one does not."""
+        try:
+            session = open_session(model, target=self.target, threads=self.threads)
+        except InvalidGraphError:
+            if self._loads:
+                raise
+            return open_session(model, threads=self.threads)
+        self._loads = True
+        return session
 
     def _time(self, *sessions: Session, seconds: float | None = None) -> Benchmark:
         return interleave(

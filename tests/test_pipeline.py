@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from graphopt.errors import DataError, RecipeError
+from graphopt.errors import DataError, InvalidGraphError, RecipeError
+from graphopt.ir.session import open_session
 from graphopt.optimize import Result, optimize
 from graphopt.passes import Context, Pass, PruneChannels, Semantics
 from graphopt.pipeline import measure_metric
@@ -241,3 +242,39 @@ def test_the_report_says_what_was_timed() -> None:
     result = optimize(model(), recipe="exact", quiet=True)
     assert result.report.inputs == {"x": "float32[1, 64]"}
     assert "timed on x float32[1, 64]" in str(result.report)
+
+
+def test_a_ruined_result_that_nobody_judges_is_told() -> None:
+    """Without a budget a lossy pass may do what it is asked for; the report says that nobody has looked at it."""
+    told = "measure the accuracy before you deploy"
+    for factor, options, expected in ((0.5, {}, True), (0.9, {}, False), (0.5, {"tolerance": 0.9}, False)):
+        notes = optimize(model(), recipe=[DoLossy(scale_weight(factor))], quiet=True, **options).report.notes
+        assert any(told in note for note in notes) is expected, (factor, options)
+
+
+@pytest.mark.parametrize("refused", ["Identity", "Relu"])
+def test_an_input_that_the_target_cannot_load_may_become_one_that_it_can(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO refuses AveragePool with a window larger than the image, until a pass writes it as GlobalAveragePool."""
+    opened: list[tuple[str, list[str]]] = []
+
+    def open_unless(graph: ir.Model, *, target: str = "cpu", **options: Any) -> Any:
+        operators = [node.op_type for node in graph.graph]
+        if target == "openvino" and refused in operators:
+            raise InvalidGraphError(f"no {refused} here")
+        opened.append((target, operators))
+        return open_session(graph, **options)
+
+    monkeypatch.setattr("graphopt.pipeline.open_session", open_unless)
+    strange = model()
+    relu = strange.graph[1]
+    same = ir.node("Identity", [relu.inputs[0]])
+    strange.graph.insert_before(relu, same)
+    relu.replace_input_with(0, same.outputs[0])
+    result = optimize(strange, recipe=["eliminate-identity"], target="openvino", quiet=True)
+    told = " ".join(result.report.notes)
+    assert f"the input does not load on openvino, results are compared with it on cpu: no {refused} here" in told
+    assert ("the result does not load on openvino either" in told) is (refused == "Relu")
+    assert (("openvino", ["MatMul", "Relu"]) in opened) is (refused == "Identity")
+    assert result.report.final is not None
