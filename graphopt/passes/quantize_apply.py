@@ -16,11 +16,11 @@ from graphopt.passes.quantize_placement import (
     attribute,
     clamp_bounds,
     data_inputs,
-    is_product,
     node_name,
     scaling_factor,
 )
 from graphopt.passes.quantize_plan import QuantizePlan
+from graphopt.passes.quantize_products import is_product
 
 INT32_LIMIT = 2**31 - 1
 """Largest magnitude of an int32 bias."""

@@ -21,6 +21,7 @@ from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op, rank
 from graphopt.passes.dequantize_model import quantized_nodes
 from graphopt.passes.quantize_plan import OperatorPlan
+from graphopt.passes.quantize_products import is_product, moves_before_scores
 
 
 class Role(enum.Enum):
@@ -96,11 +97,6 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """The Python value of an attribute, or `default`."""
     found = node.attributes.get(name)
     return default if found is None else found.value
-
-
-def is_product(node: ir.Node) -> bool:
-    """Whether a MatMul multiplies by something that is no weight: scores and values of attention."""
-    return is_op(node, "MatMul") and constant(node.inputs[1]) is None
 
 
 def data_inputs(node: ir.Node) -> list[ir.Value]:
@@ -205,6 +201,11 @@ class _Placer:
 
     def _grow(self) -> None:
         self.static = {node for node, role in self.roles.items() if role is Role.LINEAR and self._is_seed(node)}
+        if self.form == OPERANDS:
+            moved = moves_before_scores([node for node in self.nodes if not self._excluded(node)], self.static)
+            self.roles.update(dict.fromkeys(moved, Role.INTEGER))
+            self.static |= moved
+            return
         grown = True
         while grown:
             boundary = {v for node in self.static if self.roles[node] is Role.LINEAR for v in data_inputs(node)}
@@ -313,7 +314,7 @@ class _Placer:
             if form is not None:
                 placement.forms[node] = form
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, form))
-                placement.balanced |= {value.name or "" for value in node.inputs[1:] if value and is_product(node)}
+                placement.balanced |= {self._origin(node.inputs[1])} if is_product(node) else set()
             elif node in self.declined:
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, "float", self.declined[node]))
             if form in ("static", "integer"):
@@ -326,6 +327,15 @@ class _Placer:
                 quantized[self._clamped(node)] = None
         placement.quantized, placement.constants = list(quantized), list(constants)
         return placement
+
+    def _origin(self, value: ir.Value | None) -> str:
+        """The name of the value whose quantizer another one is moved with."""
+        assert value is not None
+        producer = value.producer()
+        while producer in self.static and self.roles[producer] is Role.INTEGER:
+            value = data_inputs(producer)[0]
+            producer = value.producer()
+        return value.name or ""
 
     def _form(self, node: ir.Node) -> str | None:
         if node in self.dynamic:

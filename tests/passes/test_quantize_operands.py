@@ -66,6 +66,8 @@ def test_every_operand_of_every_product_and_nothing_else_is_on_integers(quantize
     assert len(products) == 6
     for node in products:
         assert [value.producer().op_type for value in node.inputs] == ["DequantizeLinear"] * 2
+    (turned,) = [node for node in quantized.graph if node.op_type == "Transpose"]
+    assert turned.inputs[0].producer().op_type == "QuantizeLinear", "keys are turned as integers"
     for node in quantized.graph:
         if node.op_type in ("Add", "Mul", "Softmax"):
             makers = [value.producer() for value in node.inputs]
@@ -74,7 +76,7 @@ def test_every_operand_of_every_product_and_nothing_else_is_on_integers(quantize
 
 def test_the_right_operand_of_a_product_of_activations_has_its_zero_in_the_middle(plan: QuantizePlan) -> None:
     zeros = {tensor.name: tensor.zero_point[0] for tensor in plan.tensors if tensor.role == "activation"}
-    assert zeros["kt"] == zeros["vb"] == 128
+    assert zeros["k"] == zeros["vb"] == 128, "that of kt moves with it"
     assert zeros["p"] == 0, "probabilities are not negative"
 
 
@@ -131,7 +133,7 @@ def test_the_plan_can_be_diagnosed_stored_and_trained(
     assert {one.node for one in found.operators} == {"query", "key", "value", "scores", "mixed", "out"}
     assert all(np.isfinite(one.alone) for one in found.operators)
     places = {place.tensor.name: place.consumers for place in quantizer_places(model, plan).quantizers}
-    assert places["kt"] == ("scores",)
+    assert places["k"] is None, "read by everybody"
     assert places["vb"] == places["p"] == ("mixed",)
 
 

@@ -1,0 +1,47 @@
+"""Products of two activations in form "operands" of quantize: which they are, and where their quantizers stand.
+
+OpenVINO compiles the scores q k^T of an attention in integers all through where q and k are quantized right behind the
+layer that makes them, and move as integers from there (Swin: 1.07 times as fast, ViT-S: the same). The product with the
+probabilities is faster with its quantizers right before it (ViT-S: 1.05 times).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+import onnx_ir as ir
+
+from graphopt.ir.rewrite import constant, is_op, sole_consumer
+
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether a MatMul multiplies by something that is no weight: scores and values of attention."""
+    return is_op(node, "MatMul") and constant(node.inputs[1]) is None
+
+
+def moves_before_scores(nodes: Iterable[ir.Node], products: Set[ir.Node]) -> set[ir.Node]:
+    """What only moves elements between a layer and a product of `products` that is none with probabilities.
+
+    Args:
+        nodes: of a graph, in order.
+        products: what is to compute on integers.
+    """
+    found: set[ir.Node] = set()
+    for node in reversed(list(nodes)):
+        reader = sole_consumer(node.outputs[0]) if is_op(node, *_MOVES) else None
+        if reader is None or constant(node.inputs[0]) is not None:
+            continue
+        if reader in found or (reader in products and is_product(reader) and not _reads_probabilities(reader)):
+            found.add(node)
+    return found
+
+
+def _reads_probabilities(node: ir.Node) -> bool:
+    """Whether the left operand is a Softmax, or one that is guarded from NaN."""
+    value = node.inputs[0]
+    source = None if value is None else value.producer()
+    if is_op(source, "Where") and source is not None:
+        return any(is_op(value.producer(), "Softmax") for value in source.inputs if value is not None)
+    return is_op(source, "Softmax")
