@@ -111,7 +111,7 @@ def optimize(
 
     for path in (output, report, html):
         if path is not None:
-            check_target(path, source=model)
+            check_target(path)
     asked = {"latency": latency, "latency_ms": latency_ms, "macs": macs, "bytes": weight_bytes}
     budget: dict[str, Any] = {name: share for name, share in asked.items() if share is not None}
     result = run(

@@ -380,14 +380,3 @@ def test_groups_of_a_model_with_a_custom_operator(tmp_path: Path, capsys: pytest
         assert "com.acme::Warp" in shown
         assert "warp" in shown
     assert json.loads(shown)["parameters"] == {"total": 12, "prunable": 12, "share": 1.0}
-
-
-def test_the_input_is_not_overwritten(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = model_file.read_bytes()
-    again = model_file.parent / "." / "model.onnx"
-    for options in (["-o", again], ["-o", model_file.parent / "other.onnx", "--report", model_file]):
-        assert run("optimize", model_file, *options, "--quiet") == 2
-        assert "would overwrite the input" in capsys.readouterr().err
-    assert model_file.read_bytes() == before
-    assert not (model_file.parent / "other.onnx").exists()
-    assert run("optimize", model_file.parent / "missing.onnx", "-o", model_file, "--quiet") == 2

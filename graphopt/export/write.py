@@ -61,16 +61,8 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def check_target(path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None) -> None:
-    """Raise `WriteError` where a file cannot be written, before the work that fills it is done.
-
-    Args:
-        path: what is to be written.
-        source: the file that it is made from, which must be another one: what a lossy pass loses cannot be had back.
-    """
-    both = source is not None and Path(path).exists() and Path(source).exists()
-    if source is not None and both and os.path.samefile(path, source):
-        raise WriteError("the result would overwrite the input", where=str(path), help="name another file")
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise `WriteError` where a file cannot be written, before the work that fills it is done."""
     with _staged(path):
         pass
 
