@@ -116,8 +116,8 @@ class Guard:
     _seconds: float = _LEAST_SECONDS
     _original_on: str = ""
     """Where the original runs: the target, or else the CPU."""
-    _loads: bool = True
-    """Whether a graph has been loaded on the target."""
+    _refused: InvalidGraphError | None = None
+    """Why the original does not load on the target, until a graph does."""
 
     def first_step(self) -> Step:
         """Measure the original: reference outputs with onnxruntime's optimisations off, metric, latency."""
@@ -215,14 +215,18 @@ class Guard:
         return Verdict(reason is None, comparison.rms_error, metric, reason or "", budget)
 
     def final(self) -> Final:
-        """Time the original and the best graph in turns once more, compare their outputs and evaluate both."""
+        """Time the original and the best graph in turns once more, compare their outputs and evaluate both.
+
+        Raises:
+            InvalidGraphError: the original does not load on the target, and no pass has changed that.
+        """
         assert self._best is not None
         original = open_session(self.original, target=self._original_on, threads=self.threads)
         timing = self._time(original, self._best, seconds=3 * self._seconds)
         if timing.is_slower():
             timing = self._time(original, self._best, seconds=6 * self._seconds)
-        if not self._loads:
-            self.notes.append(f"the result does not load on {self.target} either")
+        if self._refused is not None:
+            raise self._refused
         feeds = self.feeds[: self.counted] if self._is_lossy else self.feeds
         error = self._compare([self._best.run_feeds(one) for one in feeds])
         if self._is_lossy and not self.budget.is_limited and error.rms_error > RUINED:
@@ -283,10 +287,10 @@ class Guard:
         except InvalidGraphError as error:
             if self.target == "cpu":
                 raise
-            self._loads, self._original_on = False, "cpu"
+            self._refused, self._original_on = error, "cpu"
             session = self._open(self.original)
             self.notes.append(
-                f"the input does not load on {self.target}, results are compared with it on cpu: {error.what}"
+                f"the input does not load on {self.target}, the result is compared with it on cpu: {error.what}"
             )
         return session
 
@@ -295,10 +299,10 @@ class Guard:
         try:
             session = open_session(model, target=self.target, threads=self.threads)
         except InvalidGraphError:
-            if self._loads:
+            if self._refused is None:
                 raise
             return open_session(model, threads=self.threads)
-        self._loads = True
+        self._refused = None
         return session
 
     def _time(self, *sessions: Session, seconds: float | None = None) -> Benchmark:

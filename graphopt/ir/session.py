@@ -21,6 +21,9 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 """onnxruntime execution provider of each graphopt target."""
+_HEADINGS = ("FrontEnd API failed", "Errors during ONNX translation", "Model wasn't fully converted", "Summary")
+_LONGEST_REASON = 300
+"""Characters of what OpenVINO has to say."""
 _BUILDS = {"cuda": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
 """The distribution of onnxruntime that has the provider of a target."""
 
@@ -216,6 +219,9 @@ def _ort_value(tensor: ir.TensorProtocol) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    """The line that says what is wrong. OpenVINO's stands behind a call stack and headings."""
     text = str(error).strip()
     text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
-    return text.splitlines()[0] if text else type(error).__name__
+    first, *more = text.split("[OpenVINO-EP] ")[-1].splitlines() or [type(error).__name__]
+    told = [line.strip() for line in more if line.strip() and not line.startswith(_HEADINGS)]
+    return " ".join(told)[:_LONGEST_REASON] if "[OpenVINO-EP]" in text and told else first

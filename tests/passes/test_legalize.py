@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from golden import docstring_blocks, parse
 
+from graphopt.errors import InvalidGraphError
 from graphopt.ir.session import open_session
 from graphopt.ir.text import print_graph
 from graphopt.passes import Context, Legalize
@@ -49,3 +51,21 @@ def test_other_targets_are_left_alone() -> None:
 def test_it_stands_before_what_times_the_graph() -> None:
     names = [single.name for single in preset("int8").passes]
     assert names.index("fuse-attention") < names.index("legalize") < names.index("quantize")
+
+
+def test_what_openvino_refuses_is_said_without_its_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /x/backend.cc:136 ns::Backend(std::unique_ptr&) "
+        "[OpenVINO-EP] Exception while Reading network: Check 'false' failed at frontend.cpp:221:\n"
+        "FrontEnd API failed with GeneralFailure:\nOpenVINO does not support the following ONNX operations: Attention\n\n"
+    )
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("graphopt.ir.session.Session", refuse)
+    with pytest.raises(InvalidGraphError) as caught:
+        open_session(parse(_GUARDS))
+    assert caught.value.what.endswith(
+        "load the model: OpenVINO does not support the following ONNX operations: Attention"
+    )
