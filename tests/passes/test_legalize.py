@@ -55,9 +55,10 @@ def test_it_stands_before_what_times_the_graph() -> None:
 
 def test_what_openvino_refuses_is_said_without_its_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
-        "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /x/backend.cc:136 ns::Backend(std::unique_ptr&) "
+        "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /x/backend.cc:136 ns::Backend(Graph&) "
         "[OpenVINO-EP] Exception while Reading network: Check 'false' failed at frontend.cpp:221:\n"
-        "FrontEnd API failed with GeneralFailure:\nOpenVINO does not support the following ONNX operations: Attention\n\n"
+        "FrontEnd API failed with GeneralFailure:\n"
+        "OpenVINO does not support the following ONNX operations: Attention\n\n"
     )
 
     def refuse(*_: object, **__: object) -> None:
