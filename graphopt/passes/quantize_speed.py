@@ -32,6 +32,7 @@ from graphopt.passes.contract import Context
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import OPERANDS, is_depthwise, node_name
 from graphopt.passes.quantize_plan import OperatorPlan, Overrides, QuantizePlan
+from graphopt.passes.quantize_products import is_product, reads_probabilities
 
 COMPARED = ("auto", "static", "dynamic")
 """Forms that are timed; the first is taken where nothing is faster."""
@@ -238,7 +239,8 @@ def kinds(model: ir.Model, plan: QuantizePlan, context: Context) -> list[tuple[s
 
     A product with a weight is of the kind of its operator, weight and result; everything that runs on integers between
     two products, in one piece, is of the kind of its operators and the result of the first. Depthwise convolutions of
-    all sizes, and everything between products, are kinds too: what is slow on its own may be fast in company.
+    all sizes, products with probabilities of all sizes, and everything between products, are kinds too: what is slow on
+    its own may be fast in company, and gain only together.
 
     Args:
         model: the float model.
@@ -268,6 +270,8 @@ def kinds(model: ir.Model, plan: QuantizePlan, context: Context) -> list[tuple[s
     pieces = [piece for piece in pieces if any(forms[name] == "static" for name in piece)]
     add("everything between products", [name for piece in pieces for name in piece])
     add("depthwise Conv", [name for name in products if is_depthwise(nodes[name])])
+    weighed = [name for name in products if is_product(nodes[name]) and reads_probabilities(nodes[name])]
+    add("products with probabilities", sorted(weighed, key=place.__getitem__))
     for piece in pieces:
         add(f"{' '.join(nodes[name].op_type for name in piece[:4])} of {_shape(nodes[piece[0]].outputs[0])}", piece)
     for name in sorted(products, key=place.__getitem__):

@@ -18,7 +18,7 @@ from graphopt.passes import Context, Dequantize, Quantize
 from graphopt.passes.quantize_diagnosis import diagnose
 from graphopt.passes.quantize_places import quantizer_places
 from graphopt.passes.quantize_plan import QuantizePlan
-from graphopt.passes.quantize_speed import COMPARED, COMPARED_ON
+from graphopt.passes.quantize_speed import COMPARED, COMPARED_ON, kinds
 
 _ATTENTION = """<ir_version: 10, opset_import: ["": 21]>
 g (float[1,6,16] x, float[16,16] w_q, float[16] w_qb, float[16,16] w_k, float[16,16] w_v, float[16] w_vb,
@@ -140,6 +140,11 @@ def test_the_plan_can_be_diagnosed_stored_and_trained(
 def test_it_is_compared_where_a_compiler_places_quantizers() -> None:
     assert "operands" in COMPARED_ON["openvino"]
     assert "operands" not in COMPARED
+
+
+def test_products_with_probabilities_are_tried_in_float_together(model: ir.Model, plan: QuantizePlan) -> None:
+    found = dict(kinds(model, plan, Context()))
+    assert found["products with probabilities"] == ["mixed"]
 
 
 def test_made_up_inputs_will_do(model: ir.Model) -> None:
