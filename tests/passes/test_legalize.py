@@ -70,3 +70,17 @@ def test_what_openvino_refuses_is_said_without_its_call_stack(monkeypatch: pytes
     assert caught.value.what.endswith(
         "load the model: OpenVINO does not support the following ONNX operations: Attention"
     )
+
+
+def test_sessions_of_openvino_leave_the_graph_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else onnxruntime moves quantizers and makes Gemms before the provider sees the graph."""
+    monkeypatch.setattr("graphopt.ir.session.providers", lambda target, **_: ["CPUExecutionProvider"])
+    key, found = "optimization.disable_specified_optimizers", {}
+    for target in ("cpu", "openvino"):
+        options = open_session(parse(_GUARDS), target=target).get_session_options()
+        try:
+            found[target] = options.get_session_config_entry(key)
+        except RuntimeError:  # there is no such entry
+            found[target] = ""
+    assert found["cpu"] == ""
+    assert found["openvino"].split(";")[0] == "QDQPropagationTransformer"
