@@ -182,7 +182,7 @@ def optimize(
         best, steps, history = run_recipe(canonical, chosen.passes, guard, context, progress)
         progress.start("measure the result")
         final = guard.final()
-    if final.timing.is_slower():
+    if final.timing.is_slower() and guard.original_loads:
         best, final = original, None
         steps.append(Step("(result)", ROLLED_BACK, steps[0].size, reason=_SLOWER, cause=SPEED))
     timing = None if final is None else final.timing

@@ -114,10 +114,15 @@ class Guard:
     _best: Session | None = None
     _best_speed: float = 1.0
     _seconds: float = _LEAST_SECONDS
-    _original_on: str = ""
-    """Where the original runs: the target, or else the CPU."""
     _refused: InvalidGraphError | None = None
-    """Why the original does not load on the target, until a graph does."""
+    """Why the original does not load on the target; it runs on the CPU then."""
+    _best_loads: bool = True
+    """Whether the best graph loads on the target."""
+
+    @property
+    def original_loads(self) -> bool:
+        """Whether the original loads on the target, so that it can be the result."""
+        return self._refused is None
 
     def first_step(self) -> Step:
         """Measure the original: reference outputs with onnxruntime's optimisations off, metric, latency."""
@@ -164,7 +169,7 @@ class Guard:
         size = size_of(candidate, self.sizes)
         try:
             check_structure(candidate)
-            session = self._open(candidate)
+            session, loads = self._open(candidate)
             outputs = [session.run_feeds(feeds) for feeds in self.feeds]
         except GraphoptError as error:
             return Step(name, ROLLED_BACK, size, reason=error.what, cause=DEFECT)
@@ -176,9 +181,10 @@ class Guard:
             return Step(name, ROLLED_BACK, size, reason=reason, cause=cause, error=comparison)
         assert self._best is not None
         timing = self._time(self._best, session)
+        must_keep |= loads and not self._best_loads  # the first that loads on the target, however fast the CPU is
         if timing.is_slower() and not must_keep:
             del session  # placement of buffers alone makes a few percent: judge a second loading, for longer
-            session = self._open(candidate)
+            session, _ = self._open(candidate)
             timing = self._time(self._best, session, seconds=4 * self._seconds)
         speed = self._best_speed * timing.speeds[1].median
         step = Step(name, APPLIED, size, latency=timing.latencies[1], speed=speed, error=comparison)
@@ -191,7 +197,7 @@ class Guard:
             reason = self._metric_reason(metric)
             if reason is not None:
                 return _rejected(step, reason, BUDGET)
-        self._best, self._best_speed = session, speed
+        self._best, self._best_speed, self._best_loads = session, speed, loads
         if semantics is Semantics.LOSSY:
             self._anchor, self._anchor_error, self._is_lossy = outputs, self._compare(outputs).error, True
         return step
@@ -203,7 +209,7 @@ class Guard:
         """
         budget = self.budget.in_words(self._metric)
         try:
-            session = self._open(candidate)
+            session, _ = self._open(candidate)
             outputs = [session.run_feeds(feeds) for feeds in self.feeds[: self.counted]]
         except GraphoptError as error:
             return Verdict(False, math.inf, reason=error.what, budget=budget)
@@ -221,12 +227,13 @@ class Guard:
             InvalidGraphError: the original does not load on the target, and no pass has changed that.
         """
         assert self._best is not None
-        original = open_session(self.original, target=self._original_on, threads=self.threads)
+        if self._refused is not None and not self._best_loads:
+            raise self._refused
+        where = self.target if self.original_loads else "cpu"
+        original = open_session(self.original, target=where, threads=self.threads)
         timing = self._time(original, self._best, seconds=3 * self._seconds)
         if timing.is_slower():
             timing = self._time(original, self._best, seconds=6 * self._seconds)
-        if self._refused is not None:
-            raise self._refused
         feeds = self.feeds[: self.counted] if self._is_lossy else self.feeds
         error = self._compare([self._best.run_feeds(one) for one in feeds])
         if self._is_lossy and not self.budget.is_limited and error.rms_error > RUINED:
@@ -282,28 +289,24 @@ class Guard:
 
     def _open_original(self) -> Session:
         try:
-            session = self._open(self.original)
-            self._original_on = self.target
+            return self._open(self.original)[0]
         except InvalidGraphError as error:
             if self.target == "cpu":
                 raise
-            self._refused, self._original_on = error, "cpu"
-            session = self._open(self.original)
+            self._refused, self._best_loads = error, False
             self.notes.append(
                 f"the input does not load on {self.target}, the result is compared with it on cpu: {error.what}"
             )
-        return session
+            return self._open(self.original)[0]
 
-    def _open(self, model: ir.Model) -> Session:
-        """A session on the target; until the first graph that loads there, on the CPU where one does not."""
+    def _open(self, model: ir.Model) -> tuple[Session, bool]:
+        """A session, and whether it is on the target: on the CPU only as long as the best graph is there, too."""
         try:
-            session = open_session(model, target=self.target, threads=self.threads)
+            return open_session(model, target=self.target, threads=self.threads), True
         except InvalidGraphError:
-            if self._refused is None:
+            if self._best_loads:
                 raise
-            return open_session(model, threads=self.threads)
-        self._refused = None
-        return session
+            return open_session(model, threads=self.threads), False
 
     def _time(self, *sessions: Session, seconds: float | None = None) -> Benchmark:
         return interleave(

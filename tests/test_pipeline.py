@@ -285,3 +285,20 @@ def test_an_input_that_the_target_cannot_load_may_become_one_that_it_can(
     assert told in result.report.notes
     assert ("openvino", ["MatMul", "Relu"]) in opened
     assert result.report.final is not None
+
+
+def test_what_makes_an_input_load_is_kept_though_the_cpu_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result must load on the target: neither a slow rescue nor a slow result gives way to what does not."""
+
+    def open_unless(graph: ir.Model, *, target: str = "cpu", **options: Any) -> Any:
+        nodes = list(graph.graph)
+        if target == "openvino" and len(nodes) < 10:
+            raise InvalidGraphError("too short")
+        return open_session(graph, **options)
+
+    monkeypatch.setattr("graphopt.pipeline.open_session", open_unless)
+    result = optimize(model(256), recipe=[Do(add_work)], target="openvino", quiet=True)
+    assert step(result).status == "applied"
+    assert len(list(result.model.graph)) > 10
+    assert result.report.final is not None
+    assert result.report.final.is_slower(), "else this shows nothing"
