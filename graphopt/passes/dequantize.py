@@ -28,8 +28,8 @@ class Dequantize(Pass):
 
     Read are QuantizeLinear and DequantizeLinear in all their forms, QLinearConv and all QLinear operators of
     onnxruntime, MatMulInteger and ConvInteger with the scaling behind them, DynamicQuantizeLinear, QGemm,
-    DynamicQuantizeMatMul, MatMulIntegerToFloat, DynamicQuantizeLSTM, MatMulNBits, GatherBlockQuantized, and moves of
-    integers. What cannot be undone stays as it is, with a remark: integers that the model takes as inputs or gives
+    DynamicQuantizeMatMul, MatMulIntegerToFloat, DynamicQuantizeLSTM, MatMulNBits, GatherBlockQuantized, rows picked from
+    tables of integers (packed in bytes, too), and moves of integers. What cannot be undone stays as it is, with a remark: integers that the model takes as inputs or gives
     as outputs, scales that are computed at run time, channels last, attention on integers.
 
     Options:

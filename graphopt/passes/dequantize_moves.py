@@ -6,14 +6,16 @@ since x = s (q - z) grows with q. Constants that are put in on the way (padding,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.ops.row import tensor_shape
 from graphopt.ir.rewrite import DeclinedError, constant, constant_tensor, integers, is_op, rank
 from graphopt.passes.dequantize_builder import MOVES, Builder, Dynamic, Quantity, Rule, operand_of
-from graphopt.passes.dequantize_values import Parameters, read_parameters
+from graphopt.passes.dequantize_values import Parameters, derived, read_parameters
 
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
 
@@ -234,43 +236,109 @@ def _output_type(node: ir.Node) -> ir.DataType | None:
     return ir.DataType.UINT8 if found is None or not found.as_int() else ir.DataType(found.as_int())
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a constant table that are picked and then changed one by one: rows of the changed table.
+
+    Attributes:
+        table: a constant.
+        indices: of the rows.
+        changed: what happens to any number of rows, [n, ...] to [n, ...]; None for nothing.
+    """
+
+    table: ir.Value
+    indices: ir.Value
+    changed: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def then(self, change: Callable[[np.ndarray], np.ndarray]) -> _Rows:
+        """The same rows with one more change."""
+        before = self.changed
+        return replace(self, changed=change if before is None else lambda rows: change(before(rows)))
+
+    def whole(self, builder: Builder) -> ir.Value:
+        """The changed table, a constant."""
+        tensor = constant_tensor(self.table)
+        assert tensor is not None
+        if self.changed is None:
+            return self.table
+        sample = self.changed(tensor.numpy()[:1])
+        dtype = ir.DataType.from_numpy(sample.dtype)
+        return builder.weight(
+            self.table, derived(tensor, self.changed, dtype, (tensor_shape(tensor)[0], *sample.shape[1:]))
+        )
+
+
 def _looked_up(builder: Builder, node: ir.Node) -> bool:
-    """DequantizeLinear (Gather (q, i), Gather (s, i), Gather (z, i)): rows of a table with scales in rows or blocks."""
-    gathers = [None if value is None else value.producer() for value in node.inputs]
-    first = gathers[0]
-    if not is_op(first, "Gather") or len(gathers) < 2 or not is_op(gathers[1], "Gather"):
+    """DequantizeLinear (q[i], s[i], z[i]): rows of a table with scales in rows or blocks, packed or not."""
+    read = [None if value is None else _rows(value) for value in node.inputs]
+    rows, result = read[0], node.outputs[0]
+    if rows is None or len(read) < 2:
         return False
-    assert first is not None
-    found: list[ir.Value | None] = []
-    for gather in gathers:
-        if gather is None:
-            found.append(None)
-            continue
-        if not is_op(gather, "Gather") or gather.inputs[1] is not first.inputs[1] or _axis(gather) or _axis(first):
+    for value, one in zip(node.inputs[1:], read[1:], strict=True):
+        if value is not None and (one is None or one.indices is not rows.indices):
             return False
-        found.append(gather.inputs[0])
-    table, result = found[0], node.outputs[0]
-    if table is None or constant_tensor(table) is None:
-        return False
+    table, scale, zero = [*(None if one is None else one.whole(builder) for one in read), None][:3]
+    assert table is not None
     axis, block = node.attributes.get("axis"), node.attributes.get("block_size")
-    of_rank, gathered = rank(table), rank(result)
-    if of_rank is None or gathered is None or block is None:
+    gathered = rank(result)
+    if gathered is None or block is None:
         raise DeclinedError("its rows are picked from a table whose scales are not in blocks", node)
     position = 1 if axis is None else axis.as_int()
-    position = position - gathered if position >= 0 else position
     parameters = read_parameters(
-        found[1],
-        found[2] if len(found) > 2 else None,
+        scale,
+        zero,
         table.dtype,
-        axis=position,
+        axis=position - gathered if position >= 0 else position,
         block=block.as_int(),
         floats=result.dtype,
     )
     weight = builder.folded(table, parameters)
-    builder.replace(
-        result, builder.emit(node, "Gather", [weight, first.inputs[1]], like=result, attributes={"axis": 0})
-    )
+    builder.replace(result, builder.emit(node, "Gather", [weight, rows.indices], like=result, attributes={"axis": 0}))
     return True
+
+
+def _rows(value: ir.Value) -> _Rows | None:
+    """The rows that a value is made of, None where it is not known to be rows of one constant."""
+    node = value.producer()
+    if node is None or not node.inputs or node.inputs[0] is None:
+        return None
+    if is_op(node, "Gather"):
+        table, indices = node.inputs
+        stored = table is not None and constant_tensor(table) is not None and not _axis(node)
+        return _Rows(table, indices) if stored and table is not None and indices is not None else None
+    if is_op(node, "Concat"):
+        return _joined_rows(node)
+    if is_op(node, "ConstantOfShape"):  # a number for each
+        shape, filling = node.inputs[0].producer(), node.attributes.get("value")
+        if not is_op(shape, "Shape") or shape is None or shape.attributes or shape.inputs[0] is None or filling is None:
+            return None
+        rows, number = _rows(shape.inputs[0]), filling.as_tensor().numpy().reshape(())
+        return None if rows is None else rows.then(lambda found: np.full(found.shape, number))
+    if not is_op(node, "BitShift", "BitwiseAnd"):
+        return None
+    rows, operand = _rows(node.inputs[0]), constant(node.inputs[1])
+    if rows is None or operand is None or operand.size != 1:
+        return None
+    operate: np.ufunc = np.bitwise_and
+    if is_op(node, "BitShift"):
+        operate = np.left_shift if node.attributes["direction"].as_string() == "LEFT" else np.right_shift
+    return rows.then(lambda found: operate(found, operand.reshape(())))
+
+
+def _joined_rows(node: ir.Node) -> _Rows | None:
+    """Concat along the last axis of the same rows, each changed in its own way (the bits of packed integers)."""
+    parts = [None if value is None else _rows(value) for value in node.inputs]
+    found, first = [part for part in parts if part is not None], parts[0]
+    axes = {-1, (rank(node.outputs[0]) or 0) - 1}
+    if first is None or len(found) < len(parts) or node.attributes["axis"].as_int() not in axes:
+        return None
+    if any(part.table is not first.table or part.indices is not first.indices for part in found):
+        return None
+    changes = [part.changed for part in found]
+    return replace(
+        first,
+        changed=lambda rows: np.concatenate([rows if one is None else one(rows) for one in changes], axis=-1),
+    )
 
 
 def _axis(gather: ir.Node) -> int:

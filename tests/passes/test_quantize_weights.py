@@ -18,6 +18,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.session import open_session
 from graphopt.passes import quantize_blocks, quantize_weights
 from graphopt.passes.contract import Context
+from graphopt.passes.dequantize import Dequantize
 from graphopt.passes.merge_initializers import MergeInitializers
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.quantize_blocks import Grid, block_scales, pack
@@ -29,7 +30,7 @@ from tests.passes.quantized_nets import canonical_constants, feeds, fused, set_w
 WEIGHTS = Quantize(form="weights", weight_bits=4)
 
 
-def quantized(model: ir.Model, options: Quantize = WEIGHTS, context: Context | None = None) -> ir.Model:
+def quantized(model: ir.Model, options: Quantize | Dequantize = WEIGHTS, context: Context | None = None) -> ir.Model:
     result = model.clone()
     options.run(result, context or Context())
     onnx.checker.check_model(ir.to_proto(result), full_check=True)
@@ -253,6 +254,9 @@ def test_rows_of_a_table_are_those_of_its_integers(width: int, block: int, symme
     for optimized in (False, True):
         found = open_session(quantized(model, options), optimized=optimized).run_feeds(IDS)[0]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    floats = quantized(quantized(model, options), Dequantize())
+    assert [node.op_type for node in floats.graph] == ["Gather", "Neg"]
+    np.testing.assert_allclose(open_session(floats).run_feeds(IDS)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_one_row_of_one_block_stays_float() -> None:
