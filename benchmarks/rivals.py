@@ -125,6 +125,18 @@ def dynamic(source: Path, target: Path, feeds: Iterable[Feeds]) -> None:
         )
 
 
+def weights_alone(source: Path, target: Path, *, bits: int, block_size: int, accuracy_level: int) -> None:
+    """`MatMulNBitsQuantizer`: weights of matrix products in blocks, symmetric, as com.microsoft.MatMulNBits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source), bits=bits, block_size=block_size, is_symmetric=True, accuracy_level=accuracy_level
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantizer.process()
+    onnx.save(quantizer.model.model, target)
+
+
 QUANTIZERS = (
     Quantizer("ORT static U8S8", static_u8s8),
     Quantizer("ORT static U8S8, float products", static_u8s8_float_products, for_convolutions=False),

@@ -1,5 +1,6 @@
-"""Weights alone as integers (`Quantize(form="weights")`): memory while a decoder of 1.1 B parameters is made 4-bit, and
-file size, error and speed of 4 and 8 bits against fp32 at 1 and 128 tokens.
+"""Weights alone as integers (`Quantize(form="weights")`): memory while a decoder of 1.1 B parameters is made 4-bit,
+file size, error and speed of 4 and 8 bits against fp32 at 1 and 128 tokens, and recipe `int4-weights` against
+onnxruntime's own 4 bits.
 
     python -m benchmarks.weights
 
@@ -16,17 +17,20 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from benchmarks.contest import BEYOND_NOISE, contest
 from benchmarks.decoder import Decoder, Size, parameters, small, weights
 from benchmarks.isolation import Isolation
 from benchmarks.results import Column, Goal, Results, Row, progress, ratio, read_options
+from benchmarks.rivals import weights_alone, write_all
 
 LARGE, QUICK = Size(), Size(layers=2, hidden=512, heads=8, groups=2, width=64, mlp=1408, vocabulary=4000)
 BLOCKS = Size(layers=2, hidden=1024, heads=16, groups=4, width=64, mlp=2816, vocabulary=512)
@@ -34,6 +38,9 @@ BLOCKS = Size(layers=2, hidden=1024, heads=16, groups=4, width=64, mlp=2816, voc
 MEMORY_LIMIT = 1.5
 """Peak of anonymous memory: so many times the largest weight, and the size of the result once."""
 TOKENS = (1, 128)
+BLOCK_SIZES, ACCURACY_LEVELS = (32, 128), (0, 4)
+"""Of the rivals: 0 computes in float32 (their default), 4 rounds activations to int8."""
+OURS, FLOAT = "graphopt int4-weights", "fp32"
 SAMPLING_SECONDS = 0.005
 LIMIT = 3600.0
 _PIECE = 2**22
@@ -79,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.rows.append(row)
         results.goals += goals_of_memory(row)
         results.rows += forms(folder, QUICK_VARIANTS if options.quick else VARIANTS, options.seconds)
+        for block_size in BLOCK_SIZES[:1] if options.quick else BLOCK_SIZES:
+            rows, goals = against_onnxruntime(folder, block_size, options.seconds)
+            results.rows += rows
+            results.goals += goals
     results.show_and_write(COLUMNS)
 
 
@@ -250,15 +261,70 @@ def forms(folder: Path, variants: Sequence[Variant], seconds: float) -> list[Row
     return rows
 
 
+# onnxruntime's own ----------------------------------------------------------------------------------------------------
+
+
+def against_onnxruntime(folder: Path, block_size: int, seconds: float) -> tuple[list[Row], list[Goal]]:
+    """`optimize` with recipe `int4-weights` for one token, beside onnxruntime's 4 bits in blocks of the same size.
+
+    The layers are those that `forms` has left in the folder.
+    """
+    import graphopt
+    from graphopt.recipe import preset
+
+    source = folder / "layers.onnx"
+    generator = np.random.default_rng(2)
+    feeds = {tokens: {"input_ids": generator.integers(0, BLOCKS.vocabulary, (1, tokens))} for tokens in TOKENS}
+    recipe = preset("int4-weights").with_options("quantize", block_size=block_size)
+    writers: dict[str, Callable[[Path], object]] = {
+        OURS: lambda path: graphopt.optimize(source, feeds[1], recipe=recipe, quiet=True).save(path)
+    }
+    for level in ACCURACY_LEVELS:
+        options = {"bits": 4, "block_size": block_size, "accuracy_level": level}
+        writers[f"ORT MatMulNBits, level {level}"] = partial(weights_alone, source, **options)
+    results = folder / f"blocks-{block_size}"
+    results.mkdir()
+    written = write_all("2 layers", writers, results)
+    files = {OURS: written.files[OURS], FLOAT: source, **written.files}
+    rows: dict[str, Row] = {
+        tool: {
+            "model": "2 layers",
+            "form": f"{tool}, blocks of {block_size}",
+            "saved_bytes": path.stat().st_size,
+            "cpu_seconds": written.seconds[tool],
+        }
+        for tool, path in written.files.items()
+    }
+    goals: list[Goal] = []
+    for tokens in TOKENS:
+        measured = contest(files, reference=source, seconds=seconds, feeds=feeds[tokens])
+        for tool, row in rows.items():
+            row["error"] = measured.errors[tool]
+            row |= {f"over_{tokens}": vars(measured.speed_over(tool))} if tool != OURS else {}
+        rows[OURS][f"speed_{tokens}"] = vars(measured.speed_over(FLOAT))
+        best = min((tool for tool in rows if tool != OURS), key=lambda tool: measured.speed_over(tool).median)
+        beaten = measured.is_beaten_by(best) or measured.is_beaten_by(FLOAT)
+        claim = f"blocks of {block_size}, {tokens} tokens: not slower than fp32, nor than ORT's best beyond noise"
+        figures = (
+            f"{ratio(vars(measured.speed_over(FLOAT)))} of fp32, {ratio(vars(measured.speed_over(best)))} of {best}"
+        )
+        goals.append(Goal(f"{claim} (ratio {BEYOND_NOISE})", figures, not beaten))
+    return list(rows.values()), goals
+
+
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
     ("form", lambda row: row["form"]),
-    ("parameters", lambda row: f"{row['parameters'] / 1e6:,.1f} M"),
-    ("fp32 MB", lambda row: f"{row['float_bytes'] / 1e6:,.1f}"),
+    ("parameters", lambda row: f"{row['parameters'] / 1e6:,.1f} M" if "parameters" in row else "-"),
+    ("fp32 MB", lambda row: f"{row['float_bytes'] / 1e6:,.1f}" if "float_bytes" in row else "-"),
     ("MB", lambda row: f"{row['saved_bytes'] / 1e6:,.1f}" if "saved_bytes" in row else "-"),
     ("error", lambda row: f"{row['error']:.4f}" if "error" in row else "-"),
     *(
         (f"x fp32, {tokens} tokens", lambda row, key=f"speed_{tokens}": ratio(row[key]) if key in row else "-")
+        for tokens in TOKENS
+    ),
+    *(
+        (f"graphopt x it, {tokens} tokens", lambda row, key=f"over_{tokens}": ratio(row[key]) if key in row else "-")
         for tokens in TOKENS
     ),
     ("CPU s", lambda row: f"{row['cpu_seconds']:.1f}" if "cpu_seconds" in row else "-"),
