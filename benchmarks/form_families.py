@@ -405,6 +405,20 @@ FAMILIES |= {
         {"w": (64, 1, 1), "b": (64, 1, 1), "w1": (64,), "b1": (64,), "g": (6272,)},
     ),
 }
+_SKIP = {
+    "Add (exporters)": Form("s = Add(x, z) y = LayerNormalization<axis=-1, epsilon=1e-5>(s, w, b)"),
+    "Sum": Form("s = Sum(x, z) y = LayerNormalization<axis=-1, epsilon=1e-5>(s, w, b)"),
+}
+FAMILIES |= {
+    f"skip-{tokens}x{width}": Family(
+        f"residual sum and LayerNorm of {tokens} tokens",
+        {"x": (1, tokens, width), "z": (1, tokens, width)},
+        (1, tokens, width),
+        _SKIP,
+        {"w": (width,), "b": (width,)},
+    )
+    for tokens, width in ((1, 768), (128, 768), (197, 384), (3136, 96))
+}
 
 
 def _encoder_layer(about: str, tokens: int, heads: int, width: int, *, opset: int, fused: bool) -> Form:

@@ -37,7 +37,7 @@ _EXACT: tuple[str, ...] = (
     "legalize",
     "eliminate-dead-code",
 )
-_LAST: tuple[str, ...] = ("merge-initializers",)
+_LAST: tuple[str, ...] = ("pad-channels", "merge-initializers")
 _LOSSY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "exact": ((), ()),
     "int8": ((), ("migrate-scales", "quantize")),
@@ -90,8 +90,8 @@ class Recipe:
         RecipeError: a pass comes before one that its contract says must precede it, or there is no pass.
 
     Example:
-        >>> [str(step) for step in preset("int8").passes][-2:]
-        ['quantize(measure=True)', 'merge-initializers']
+        >>> [str(step) for step in preset("int8").passes][-3:]
+        ['quantize(measure=True)', 'pad-channels', 'merge-initializers']
     """
 
     name: str
@@ -121,7 +121,7 @@ class Recipe:
             RecipeError: the recipe has no such pass, the pass no such option, or a value is bad.
 
         Example:
-            >>> str(preset("int8").with_options("quantize", ranges="entropy").passes[-2])
+            >>> str(preset("int8").with_options("quantize", ranges="entropy").passes[-3])
             "quantize(ranges='entropy', measure=True)"
         """
         names = tuple(dict.fromkeys(single.name for single in self.passes))

@@ -45,7 +45,7 @@ def test_pruning_comes_before_what_hides_batch_normalization_and_attention() -> 
         assert order[:3] == ["fold-constants", "eliminate-identity", "prune-channels"]
         assert preset(name).tolerance is None
         assert dict(preset(name).passes[2].options())["compensation"] == "least-squares"
-    assert order[-3:] == ["quantize", "fold-reconstruction", "merge-initializers"]
+    assert order[-4:] == ["quantize", "fold-reconstruction", "pad-channels", "merge-initializers"]
     with pytest.raises(RecipeError, match="quantize stands before prune-channels"):
         resolve(["quantize", "prune-channels"])
 

@@ -24,6 +24,7 @@ from graphopt.passes.merge_common_subexpressions import MergeCommonSubexpression
 from graphopt.passes.merge_initializers import MergeInitializers
 from graphopt.passes.merge_linear import MergeLinear
 from graphopt.passes.migrate_scales import MigrateScales
+from graphopt.passes.pad_channels import PadChannels
 from graphopt.passes.pool_reduce_mean import PoolReduceMean
 from graphopt.passes.prune_channels import PruneChannels
 from graphopt.passes.quantize import Quantize
@@ -54,6 +55,7 @@ ALL_PASSES: dict[str, type[Pass]] = {
         Dequantize,
         FoldReconstruction,
         Quantize,
+        PadChannels,
         ConvertFloat,
     )
 }
@@ -83,6 +85,7 @@ __all__ = [
     "MergeInitializers",
     "MergeLinear",
     "MigrateScales",
+    "PadChannels",
     "Pass",
     "PoolReduceMean",
     "PruneChannels",

@@ -28,9 +28,10 @@ class Dequantize(Pass):
 
     Read are QuantizeLinear and DequantizeLinear in all their forms, QLinearConv and all QLinear operators of
     onnxruntime, MatMulInteger and ConvInteger with the scaling behind them, DynamicQuantizeLinear, QGemm,
-    DynamicQuantizeMatMul, MatMulIntegerToFloat, DynamicQuantizeLSTM, MatMulNBits, GatherBlockQuantized, rows picked from
-    tables of integers (packed in bytes, too), and moves of integers. What cannot be undone stays as it is, with a remark: integers that the model takes as inputs or gives
-    as outputs, scales that are computed at run time, channels last, attention on integers.
+    DynamicQuantizeMatMul, MatMulIntegerToFloat, DynamicQuantizeLSTM, MatMulNBits, GatherBlockQuantized, rows picked
+    from tables of integers (packed in bytes, too), and moves of integers. What cannot be undone stays as it is, with a
+    remark: integers that the model takes as inputs or gives as outputs, scales that are computed at run time, channels
+    last, attention on integers.
 
     Options:
         keep_ranges: keep the saturation of every quantizer of activations as a Clip: nearer to the quantized model

@@ -29,6 +29,7 @@ from graphopt.ir.session import Session, open_session
 from graphopt.ir.text import print_graph
 from graphopt.ir.timing import interleave
 from graphopt.passes.contract import Context
+from graphopt.passes.pad_channels import pad_channels
 from graphopt.passes.quantize_legalize import legalize
 from graphopt.passes.quantize_placement import OPERANDS, is_depthwise, node_name
 from graphopt.passes.quantize_plan import OperatorPlan, Overrides, QuantizePlan
@@ -147,7 +148,7 @@ def _key(model: ir.Model, forms: Sequence[str], context: Context, plans: Sequenc
     """All that a timing depends on; weights do not count, so a fine-tuned network is known."""
     widths = [[(one.node, one.form, one.weight_bits) for one in plan.operators] for plan in plans]
     parts = (print_graph(model), tuple(forms), sorted(context.sizes.items()), context.target, context.threads, widths)
-    parts += () if by_kind else ("forms alone",)
+    parts += ("channels padded",) if by_kind else ("channels padded", "forms alone")
     return hashlib.sha256("\n".join(map(repr, (*parts, *machine_key(context.target)))).encode()).hexdigest()
 
 
@@ -205,6 +206,8 @@ class _Timing:
         candidate = self.model.clone()
         try:
             self.write(candidate, plan)
+            if self.context.target == "cpu":  # as recipes do behind this pass
+                pad_channels(candidate, lambda *_: None)
             text = print_graph(candidate)
             if text in self.seen:  # a sum between two integer products is fused whether it is asked for or not
                 return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 from golden import docstring_blocks, parse
 
@@ -84,3 +87,39 @@ def test_sessions_of_openvino_leave_the_graph_to_it(monkeypatch: pytest.MonkeyPa
             found[target] = ""
     assert found["cpu"] == ""
     assert found["openvino"].split(";")[0] == "QDQPropagationTransformer"
+
+
+_RESIDUAL = """<ir_version: 10, opset_import: ["": 21]>
+g (float[n,7,64] x, float[n,7,64] z, float[64] w_g, float[64] w_b) => (float[n,7,64] y) {
+  s = Add (x, z)
+  y = LayerNormalization <axis = -1> (s, w_g, w_b)
+}"""
+
+
+def test_onnxruntime_does_not_fuse_a_residual_sum_to_its_slow_kernel(tmp_path: Path) -> None:
+    """A test of the claim, too: where onnxruntime no longer fuses the Add, the rule has no use."""
+    model = parse(_RESIDUAL)
+    legal = model.clone()
+    Legalize().run(legal, Context(target="cpu"))
+    fused: list[set[str]] = []
+    for one in (model, legal):
+        path = str(tmp_path / "optimized.onnx")
+        open_session(one, optimized_model_path=path)
+        fused.append({node.op_type for node in onnx.load(path).graph.node})
+    assert fused == [{"SkipLayerNormalization"}, {"Sum", "LayerNormalization"}]
+    x, z = np.random.default_rng(0).standard_normal((2, 3, 7, 64)).astype(np.float32)
+    expected = open_session(model, optimized=False).run(None, {"x": x, "z": z})[0]
+    np.testing.assert_array_equal(open_session(legal, optimized=False).run(None, {"x": x, "z": z})[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("float[n,7,64]", "float16[n,7,64]"), ("float[n,7,64]", "float[n,7,1,64]"), ("=> (", "=> (float[n,7,64] s, ")],
+    ids=["float16", "four axes", "read by others"],
+)
+def test_sums_that_are_not_fused_stay(old: str, new: str) -> None:
+    text = _RESIDUAL.replace(old, new)
+    model = parse(text.replace("float[64]", "float16[64]") if new.startswith("float16") else text)
+    before = print_graph(model)
+    Legalize().run(model, Context(target="cpu"))
+    assert print_graph(model) == before
