@@ -287,6 +287,9 @@ def _read(node: ir.Node) -> _Convolution | None:
         return None
     if integers is None or integers.dtype != ir.DataType.UINT8 or constant(integers) is not None:
         return None
+    steps = [constant(one.inputs[1]) for one in (source, quantize)]
+    if any(step is None or step.size != 1 for step in steps):  # a scale for each channel would not fit
+        return None
     if bias is not None and constant(bias.inputs[0]) is None:
         return None
     group = node.attributes.get("group")

@@ -126,6 +126,19 @@ def test_a_weight_with_two_readers_stays_and_is_named() -> None:
     assert convolutions(padded(model, missed=2)) == [(18, 18, 3, 3)] * 2
 
 
+def test_activations_with_a_scale_for_each_channel_stay() -> None:
+    model = quantized(ONE, 3, 16, a=(16, 3, 3, 3))
+    source = next(node for node in model.graph if node.op_type == "Conv").inputs[0].producer()
+    for node in (source.inputs[0].producer(), source):
+        for index in (1, 2):
+            array = np.repeat(node.inputs[index].const_value.numpy().reshape(1), 3)
+            value = ir.Value(name=f"{node.name}_{index}", const_value=ir.tensor(array))
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape([3])
+            model.graph.register_initializer(value)
+            node.replace_input_with(index, value)
+    assert convolutions(padded(model)) == [(16, 3, 3, 3)]
+
+
 def test_small_maps_and_other_targets_are_left_alone() -> None:
     body = 'p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x) h = Conv(p, a) y = Resize<mode="nearest">(h, , s)'
     model = weighted(f"float[n,18,{SIDE},{SIDE}] x => float[n,18,{SIDE // 2},{SIDE // 2}] h",
