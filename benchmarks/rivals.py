@@ -132,8 +132,8 @@ def weights_alone(source: Path, target: Path, *, bits: int, block_size: int, acc
     quantizer = MatMulNBitsQuantizer(
         onnx.load(source), bits=bits, block_size=block_size, is_symmetric=True, accuracy_level=accuracy_level
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        quantizer.process()
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)  # a line a node
+    quantizer.process()
     onnx.save(quantizer.model.model, target)
 
 
