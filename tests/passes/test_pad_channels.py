@@ -58,6 +58,7 @@ def test_before_and_after_of_the_docstring() -> None:
 ONE = "y = Conv<pads=[1,1,1,1]>(x, a)"
 CHAIN = "h = Conv<pads=[1,1,1,1]>(x, a) r = Relu(h) y = Conv<pads=[1,1,1,1]>(r, b)"
 SEPARABLE = "h = Conv(x, a) r = Relu(h) d = Conv<group=24, pads=[1,1,1,1]>(r, k) s = Relu(d) y = Conv(s, b)"
+FORK = "h = Conv(x, a) r = Relu(h) c = Conv(r, b) d = Conv<group=18, pads=[1,1,1,1]>(r, k) y = Add(c, d)"
 RESIDUAL = "h = Conv<pads=[1,1,1,1]>(x, a) r = Relu(h) c = Conv<pads=[1,1,1,1]>(r, b) y = Add(c, r)"
 
 
@@ -77,9 +78,16 @@ RESIDUAL = "h = Conv<pads=[1,1,1,1]>(x, a) r = Relu(h) c = Conv<pads=[1,1,1,1]>(
             {"Slice": 1},
         ),
         (RESIDUAL, 4, {"a": (18, 4, 3, 3), "b": (18, 18, 3, 3)}, [(20, 4, 3, 3), (20, 20, 3, 3)], {"Slice": 2}),
+        (
+            FORK,
+            4,
+            {"a": (18, 4, 1, 1), "b": (18, 18, 1, 1), "k": (18, 1, 3, 3)},
+            [(20, 4, 1, 1), (20, 20, 1, 1), (32, 1, 3, 3)],
+            {"Pad": 1, "Slice": 3},
+        ),
         (ONE, 16, {"a": (32, 16, 3, 3)}, [(32, 16, 3, 3)], {}),
     ],
-    ids=["image", "grey", "written", "chain", "too wide to read", "depthwise", "residual", "nothing to do"],
+    ids=["image", "grey", "written", "chain", "too wide to read", "depthwise", "residual", "fork", "nothing to do"],
 )
 def test_integers_stay_and_widths_are_multiples(
     body: str, inputs: int, weights: dict[str, tuple[int, ...]], shapes: list[tuple[int, ...]], moves: dict[str, int]
