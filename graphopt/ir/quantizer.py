@@ -29,7 +29,7 @@ class TensorPlan:
             of a row may be shorter. Scales and zero points are those of the tensor with `axis` ceil(size / block_size)
             long, in row-major order. 0: scales differ along `axis` alone.
         storage: ONNX element type of the stored integers in lower case ("int4", "uint4", "int2", ...), which may be
-            wider than `bits`; signed integers then use all of their range, -2^(bits-1) included. Empty: 8 or 16 bits.
+            wider than `bits`; signed weights then use all of their range, -2^(bits-1) included. Empty: 8 or 16 bits.
         rounding: "nearest", or "error-feedback" (each input makes up for what rounding did to those before it).
     """
 
@@ -52,11 +52,10 @@ class TensorPlan:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer. Signed ones without `storage` leave out -2^(bits-1), for symmetry."""
-        if self.signed and self.storage:
-            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        """Smallest and largest integer. Signed weights without `storage` leave out -2^(bits-1), for symmetry."""
         if self.signed:
-            return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
+            is_even = self.role == "weight" and not self.storage
+            return -(2 ** (self.bits - 1)) + is_even, 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
     @property

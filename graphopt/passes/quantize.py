@@ -387,20 +387,22 @@ class Quantize(Pass):
             for value in (*data_inputs(node), *node.outputs, *(user.outputs[0] for user in node.outputs[0].consumers()))
         }
         bits = {name: max(8, self.data_width) if name in wide else self.data_width for name in names}
-        balanced = placement.balanced
-        return [self._activation(name, *observed[name], bits[name], name in balanced, context) for name in names]
+        return [self._activation(name, *observed[name], bits[name], placement, context) for name in names]
 
     def _activation(
-        self, name: str, statistics: Statistics, source: str, bits: int, balanced: bool, context: Context
+        self, name: str, statistics: Statistics, source: str, bits: int, placement: Placement, context: Context
     ) -> TensorPlan:
         if statistics.non_finite:
             context.note("quantize", f"{statistics.non_finite} values are NaN or infinite, left out of the range", name)
         low, high = activation_range(statistics, self.ranges, self.percentile, bits)
+        half = 2 ** (bits - 1)
+        balanced = name in placement.balanced or (name in placement.signed and low < 0.0)
         if balanced:  # the integer in the middle is 0.0
-            half, high = 2 ** (bits - 1), max(-low, high)
+            high = max(-low, high)
             low = -high * half / (half - 1)
         scale, zero = asymmetric_quantizer(low, high, bits)
-        return TensorPlan(name, "activation", bits, False, None, (scale,), (zero,), source)
+        signed = balanced and name in placement.signed
+        return TensorPlan(name, "activation", bits, signed, None, (scale,), (0 if signed else zero,), source)
 
     def _constants(self, placement: Placement) -> list[TensorPlan]:
         plans: list[TensorPlan] = []

@@ -213,14 +213,23 @@ def only(model: ir.Model, plan: QuantizePlan, name: str) -> QuantizePlan:
     tensors = {tensor.name: tensor for value, tensor in known.items() if value.name in wanted}
     others = tuple(tensor for tensor in plan.tensors if tensor.name in wanted and tensor.name not in tensors)
     operators = tuple(operator for operator in plan.operators if operator.node in kept)
-    return QuantizePlan((*tensors.values(), *others), operators)
+    return QuantizePlan(tuple(map(_unsigned, (*tensors.values(), *others))), operators)
 
 
 def without(model: ir.Model, plan: QuantizePlan, names: Collection[str]) -> QuantizePlan:
     """The plan with these operators in float and everything around them as it was. `model` is legalized."""
     clamps = [_folded_clamp(node, plan) for node in model.graph if node_name(node) in names]
     left = {*names, *(node_name(clamp) for clamp in clamps if clamp is not None)}
-    return replace(plan, operators=tuple(operator for operator in plan.operators if operator.node not in left))
+    operators = tuple(operator for operator in plan.operators if operator.node not in left)
+    return replace(plan, operators=operators, tensors=tuple(map(_unsigned, plan.tensors)))
+
+
+def _unsigned(tensor: TensorPlan) -> TensorPlan:
+    """The same real numbers from unsigned integers, where `tensor` is an activation: see `may_be_signed`."""
+    if tensor.role != "activation" or not tensor.signed:
+        return tensor
+    zero_point = tuple(zero + 2 ** (tensor.bits - 1) for zero in tensor.zero_point)
+    return replace(tensor, signed=False, zero_point=zero_point)
 
 
 def _folded_clamp(node: ir.Node, plan: QuantizePlan) -> ir.Node | None:

@@ -21,7 +21,7 @@ from graphopt.ir.linear import linear_at
 from graphopt.ir.rewrite import DeclinedError, constant, integers, is_op, rank
 from graphopt.passes.dequantize_model import quantized_nodes
 from graphopt.passes.quantize_plan import OperatorPlan
-from graphopt.passes.quantize_products import is_product, moves_before_scores
+from graphopt.passes.quantize_products import is_product, may_be_signed, moves_before_scores
 
 
 class Role(enum.Enum):
@@ -74,6 +74,7 @@ class Placement:
         constants: constant operands of KERNEL nodes.
         balanced: names of what stands right in a product of activations; its zero point is to be in the middle, since
             OpenVINO computes in floats otherwise.
+        signed: names of what stands on either side, form "operands": signed integers where any is negative.
     """
 
     forms: dict[ir.Node, str] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Placement:
     quantized: list[ir.Value] = field(default_factory=list)
     constants: list[ir.Value] = field(default_factory=list)
     balanced: set[str] = field(default_factory=set)
+    signed: set[str] = field(default_factory=set)
 
 
 def already_quantized(model: ir.Model) -> ir.Node | None:
@@ -314,7 +316,11 @@ class _Placer:
             if form is not None:
                 placement.forms[node] = form
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, form))
-                placement.balanced |= {self._origin(node.inputs[1])} if is_product(node) else set()
+                if is_product(node):
+                    sides = [self._origin(value) for value in node.inputs]
+                    placement.balanced.add(sides[1].name or "")
+                    if self.form == OPERANDS:
+                        placement.signed |= {value.name or "" for value in sides if may_be_signed(value, self.static)}
             elif node in self.declined:
                 placement.operators.append(OperatorPlan(node_name(node), node.op_type, "float", self.declined[node]))
             if form in ("static", "integer"):
@@ -328,14 +334,14 @@ class _Placer:
         placement.quantized, placement.constants = list(quantized), list(constants)
         return placement
 
-    def _origin(self, value: ir.Value | None) -> str:
-        """The name of the value whose quantizer another one is moved with."""
+    def _origin(self, value: ir.Value | None) -> ir.Value:
+        """The value whose quantizer another one is moved with."""
         assert value is not None
         producer = value.producer()
         while producer in self.static and self.roles[producer] is Role.INTEGER:
             value = data_inputs(producer)[0]
             producer = value.producer()
-        return value.name or ""
+        return value
 
     def _form(self, node: ir.Node) -> str | None:
         if node in self.dynamic:
