@@ -12,9 +12,10 @@ import onnx_ir as ir
 from graphopt.export.verify import compare
 from graphopt.ir.compare import QUANTIZATION_TOLERANCE
 from graphopt.ir.session import open_session
-from graphopt.passes.contract import Context
+from graphopt.passes.contract import Context, Pass
 from graphopt.passes.quantize import Quantize
 
+WEIGHTS = Quantize(form="weights", weight_bits=4)
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
 
 
@@ -47,7 +48,7 @@ def feeds(count: int = 4, shape: tuple[int, ...] = (1, 3, 16, 16), name: str = "
     return [{name: generator.standard_normal(shape).astype(np.float32)} for _ in range(count)]
 
 
-def quantized(model: ir.Model, options: Quantize | None = None, context: Context | None = None) -> ir.Model:
+def quantized(model: ir.Model, options: Pass | None = None, context: Context | None = None) -> ir.Model:
     result = model.clone()
     (options or Quantize()).run(result, context or Context())
     onnx.checker.check_model(ir.to_proto(result), full_check=True)
@@ -59,6 +60,11 @@ def fused(model: ir.Model, tmp_path: Path) -> Counter[str]:
     path = tmp_path / "fused.onnx"
     open_session(model, optimized_model_path=str(path))
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference, of the norm of what was expected."""
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 def assert_close(model: ir.Model, other: ir.Model, data: list[dict[str, np.ndarray]]) -> None:

@@ -21,20 +21,20 @@ from graphopt.passes.contract import Context
 from graphopt.passes.dequantize import Dequantize
 from graphopt.passes.merge_initializers import MergeInitializers
 from graphopt.passes.quantize import Quantize
-from graphopt.passes.quantize_blocks import Grid, block_scales, pack
+from graphopt.passes.quantize_blocks import Grid, block_scales
 from graphopt.passes.quantize_plan import QuantizePlan
 from graphopt.passes.quantize_weight_kernels import can_be_lifted, is_right, level_errors
 from graphopt.passes.quantize_weight_sites import BLOCK_SIZES
-from tests.passes.quantized_nets import canonical_constants, feeds, fused, set_weight, weighted
-
-WEIGHTS = Quantize(form="weights", weight_bits=4)
-
-
-def quantized(model: ir.Model, options: Quantize | Dequantize = WEIGHTS, context: Context | None = None) -> ir.Model:
-    result = model.clone()
-    options.run(result, context or Context())
-    onnx.checker.check_model(ir.to_proto(result), full_check=True)
-    return result
+from tests.passes.quantized_nets import (
+    WEIGHTS,
+    canonical_constants,
+    feeds,
+    fused,
+    quantized,
+    relative,
+    set_weight,
+    weighted,
+)
 
 
 def reasons(model: ir.Model, options: Quantize = WEIGHTS) -> dict[str, str]:
@@ -62,10 +62,6 @@ def stored_matrix(model: ir.Model, name: str) -> np.ndarray:
         assert axis == 0
         scale, zero = (np.repeat(one, block, 0)[: len(integers)] for one in (scale, zero))
     return (integers - zero) * scale
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 def product(inputs: int = 96, outputs: int = 40, rank: int = 3) -> ir.Model:
@@ -180,7 +176,7 @@ def test_readers_of_one_weight_have_integers_of_their_own_that_share_memory(tmp_
     model = weighted(
         "float[n,64] x => float[n,64] y", "a = MatMul(x, w) r = Relu(a) c = MatMul(r, w) y = Tanh(c)", w=(64, 64)
     )
-    result = quantized(model)
+    result = quantized(model, WEIGHTS)
     assert "w" not in result.graph.initializers
     own = [value for value in result.graph.initializers.values() if (value.name or "").startswith("w.quantized")]
     assert len(own) == 2
@@ -288,8 +284,8 @@ def test_what_is_quantized_already_is_not_touched() -> None:
     model = weighted(
         "float[n,64] x => float[n,40] y", "a = MatMul(x, w) t = Tanh(a) y = MatMul(t, v)", w=(64, 64), v=(64, 40)
     )
-    once = quantized(model)
-    assert ir.to_proto(quantized(once)) == ir.to_proto(once)
+    once = quantized(model, WEIGHTS)
+    assert ir.to_proto(quantized(once, WEIGHTS)) == ir.to_proto(once)
     static = weighted(
         "float[n,64] x => float[n,40] y",
         "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) r = Unsqueeze(d, k) y = MatMul(r, w)",
@@ -365,7 +361,7 @@ def test_weights_in_subgraphs_stay() -> None:
         w=(64, 64),
     )
     assert reasons(model) == {"MatMul": "it stands in a subgraph (If, Loop, Scan)"}
-    assert quantized(model).graph.initializers["w"].dtype == ir.DataType.FLOAT
+    assert quantized(model, WEIGHTS).graph.initializers["w"].dtype == ir.DataType.FLOAT
 
 
 def test_excluded_readers_keep_a_shared_weight_whole() -> None:
@@ -490,7 +486,7 @@ def test_accuracy_level_of_contrib_operators(tmp_path: Path) -> None:
         result = quantized(product(), replace(WEIGHTS, contrib=True, accuracy_level=level))
         assert packed_attributes(result, tmp_path)[0]["accuracy_level"] == level
         found[level] = open_session(result).run_feeds(data)[0]
-    expected = data["x"].astype(np.float64) @ stored_matrix(quantized(product()), "w")
+    expected = data["x"].astype(np.float64) @ stored_matrix(quantized(product(), WEIGHTS), "w")
     assert relative(found[0], expected) < 1e-6 < relative(found[4], expected) < 0.02
 
 
@@ -512,85 +508,6 @@ def test_bad_options(options: dict[str, object]) -> None:
         Quantize(**{"form": "weights", **options})
 
 
-# Rounding ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_least_squares_is_never_worse_than_the_whole_range(bits: int, symmetric: bool) -> None:
-    weight = np.random.default_rng(0).standard_t(3, (128, 50)).astype(np.float32)
-    found = block_scales(weight, Grid(bits, symmetric, 32), np.dtype(np.float32))
-    low, high = Grid(bits, symmetric, 32).limits
-    assert low <= found.integers.min()
-    assert found.integers.max() <= high
-    blocks = weight.reshape(4, 32, 50)
-    if symmetric:
-        most, least = blocks.max(axis=1, keepdims=True), blocks.min(axis=1, keepdims=True)
-        scale, zero = np.maximum(most / high, least / low), 0.0
-    else:
-        scale = (blocks.max(axis=1, keepdims=True) - blocks.min(axis=1, keepdims=True)) / high
-        zero = np.rint(-blocks.min(axis=1, keepdims=True) / scale)
-    plain = (np.clip(np.rint(blocks / scale) + zero, low, high) - zero) * scale
-    ours = np.square(found.matrix().reshape(4, 32, 50) - blocks).sum(axis=1)
-    assert (ours <= np.square(plain - blocks).sum(axis=1) * (1 + 1e-5)).all()
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_degenerate_blocks(symmetric: bool) -> None:
-    weight = np.zeros((64, 6), np.float32)
-    weight[:, 1], weight[:, 2], weight[0, 3], weight[:, 4] = 0.7, -0.7, 1e-35, np.linspace(1, 2, 64)
-    weight[:, 5] = -1e4
-    found = block_scales(weight, Grid(4, symmetric, 32), np.dtype(np.float32))
-    assert np.isfinite(found.scale).all()
-    assert (found.scale > 0).all()
-    np.testing.assert_allclose(found.matrix()[:, [0, 1, 2, 3, 5]], weight[:, [0, 1, 2, 3, 5]], rtol=1e-6, atol=1e-30)
-    assert np.isfinite(block_scales(weight.astype(np.float16), Grid(4, symmetric, 0), np.dtype(np.float16)).scale).all()
-
-
-@pytest.mark.parametrize("storage", ["INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8"])
-@pytest.mark.parametrize("shape", [(3, 5), (4, 8), (1, 1)])
-def test_packing_is_what_onnx_stores(storage: str, shape: tuple[int, int]) -> None:
-    dtype = ir.DataType[storage]
-    low = -(2 ** (dtype.bitwidth - 1)) if storage.startswith("I") else 0
-    values = np.random.default_rng(0).integers(low, low + 2**dtype.bitwidth, shape)
-    tensor = pack(values.astype(np.int8 if low else np.uint8), dtype)
-    assert tensor.tobytes() == ir.Tensor(values.astype(dtype.numpy()), dtype=dtype).tobytes()
-    np.testing.assert_array_equal(tensor.numpy().astype(int), values)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("block", [32, 0])
-def test_error_feedback_makes_up_for_rounding(block: int, symmetric: bool) -> None:
-    model = weighted(
-        "float[n,64] x => float[n,48] y", "a = MatMul(x, w) r = Relu(a) y = MatMul(r, v)", w=(64, 64), v=(64, 48)
-    )
-    generator = np.random.default_rng(0)
-    mixing = generator.standard_normal((8, 64)) + 0.5
-    data = [
-        {"x": (generator.standard_normal((256, 8)) @ mixing + 0.1 * generator.standard_normal((256, 64))).astype("f")}
-        for _ in range(4)
-    ]
-    options = Quantize(form="weights", weight_bits=3, block_size=block, symmetric=symmetric)
-    expected = open_session(model, optimized=False).run_feeds(data[3])[0]
-    errors = {}
-    for rounding in ("nearest", "error-feedback"):
-        context = Context(calibration=data[:3])
-        result = quantized(model, replace(options, rounding=rounding), context)
-        errors[rounding] = relative(open_session(result, optimized=False).run_feeds(data[3])[0], expected)
-        again = quantized(model, replace(options, rounding=rounding), Context(calibration=data[:3]))
-        assert ir.to_proto(again) == ir.to_proto(result)
-    assert errors["error-feedback"] < 0.5 * errors["nearest"]
-    assert "error feedback on calibration inputs" in " ".join(map(str, context.remarks))
-
-
-def test_error_feedback_falls_back_where_inputs_are_not_finite() -> None:
-    model = weighted("float[n,64] x => float[n,48] y", "l = Log(x) y = MatMul(l, w)", w=(64, 48))
-    context = Context(calibration=[{"x": -np.ones((4, 64), np.float32)}])
-    result = quantized(model, replace(WEIGHTS, rounding="error-feedback"), context)
-    assert any("its inputs are not finite" in str(remark) for remark in context.remarks)
-    assert ir.to_proto(result) == ir.to_proto(quantized(model))
-
-
 # Streaming --------------------------------------------------------------------------------------------------------
 
 
@@ -604,7 +521,7 @@ def test_weights_are_read_one_at_a_time_and_the_file_is_written_so(
     model = weighted("float[n,1024] x => float[n,1024] y", f"v0 = Identity(x) {body} y = Identity(v8)",
                      **dict.fromkeys(names, (1024, 1024)))  # fmt: skip
     ir.save(model, tmp_path / "large.onnx", external_data="large.data")
-    quantized(product())  # what is measured and cached on first use
+    quantized(product(), WEIGHTS)  # what is measured and cached on first use
     del model
     tracemalloc.start()
     model = graphopt.load(tmp_path / "large.onnx")
