@@ -10,12 +10,21 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacement
 
 from graphopt.ir.identities import remove_no_op
-from graphopt.ir.rewrite import Rewriter, constant_tensor, discard_if_unread, is_op, static_shape
+from graphopt.ir.rewrite import (
+    Rewriter,
+    constant_tensor,
+    discard_if_dead,
+    discard_if_unread,
+    is_op,
+    known_dim,
+    static_shape,
+)
 from graphopt.passes.contract import Context, Pass, Semantics
 
 _KEEP = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -34,7 +43,8 @@ class FoldConstants(Pass):
     together, or small (4096 elements): Expand, ConstantOfShape, Tile or an outer sum of large constants stay.
     The size is known before anything is computed, so memory is bounded. QuantizeLinear and DequantizeLinear are
     never folded, since the quantized weight is what is to be stored. What hands a constant on unchanged (Identity) is
-    passed over, not folded: a copy would no longer be tied to the constant.
+    passed over, not folded: a copy would no longer be tied to the constant. A Split of a constant, as of the packed
+    weights of torch's cross-attention, becomes its parts.
 
     Options:
         growth: elements of a result over elements of all operands. 4 lets a relative position bias (a table
@@ -74,6 +84,8 @@ class FoldConstants(Pass):
         declared = [(value.type, value.shape) for value in (*model.graph.inputs, *model.graph.outputs)]
         with _silenced(_LOG):
             folder(model)
+            while _part_splits(model):
+                folder(model)
         interface = (*model.graph.inputs, *model.graph.outputs)
         for value, (type_, shape) in zip(interface, declared, strict=True):
             value.type, value.shape = type_, shape  # the folder infers shapes, but the interface is the user's
@@ -89,6 +101,32 @@ class FoldConstants(Pass):
 
 def _hand_on(rewriter: Rewriter, node: ir.Node) -> bool:
     return _operands_are_constant(node) and remove_no_op(rewriter, node)
+
+
+def _part_splits(model: ir.Model) -> bool:
+    """Write Splits of constants as Slices, since the folder evaluates nodes of one result; whether there was any."""
+    rewriter, found = Rewriter(model), False
+    for node in [node for graph in model.graphs() for node in graph]:
+        if not is_op(node, "Split") or not _operands_are_constant(node) or node.inputs[0] is None:
+            continue
+        axis = node.attributes.get_int("axis", 0)
+        sizes = [known_dim(value, axis) for value in node.outputs]
+        if None in sizes or node.graph is None or node.inputs[0].dtype == ir.DataType.STRING:
+            continue
+        ends = np.cumsum([size or 0 for size in sizes])
+        for value, end, size in zip(node.outputs, ends, sizes, strict=True):
+            if not value.uses() and not value.is_graph_output():
+                continue
+            parts = {"start": end - (size or 0), "end": end, "axis": axis}
+            bounds = [
+                rewriter.initializer(node.graph, f"{value.name}_{part}", ir.tensor([int(number)], ir.DataType.INT64))
+                for part, number in parts.items()
+            ]
+            slice_ = rewriter.insert(node, "Slice", [node.inputs[0], *bounds], like=value, suffix="part")
+            rewriter.supersede(value, slice_.outputs[0])
+        discard_if_dead(node)
+        found = True
+    return found
 
 
 class _Folder(FoldConstantsPass):

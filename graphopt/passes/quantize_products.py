@@ -13,7 +13,7 @@ from collections.abc import Iterable, Set
 
 import onnx_ir as ir
 
-from graphopt.ir.rewrite import constant, is_op, sole_consumer
+from graphopt.ir.rewrite import constant, is_op, rank, sole_consumer
 
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -41,12 +41,21 @@ def moves_before_scores(nodes: Iterable[ir.Node], products: Set[ir.Node]) -> set
 
 
 def may_be_signed(value: ir.Value, static: Set[ir.Node]) -> bool:
-    """Whether nothing but what computes on integers reads it.
+    """Whether nothing but products of activations reads it, moved or not.
 
-    Between operators in float, a Reshape or Transpose makes onnxruntime 1.31 write an invalid graph of signed integers
-    at load: one of its passes states their type, another makes them unsigned.
+    Before operators in float, a Reshape or Transpose makes onnxruntime 1.31 write an invalid graph of signed integers
+    at load: one of its passes states their type, another makes them unsigned. It puts such a Reshape before a MatMul by
+    a matrix itself, when a bias follows.
     """
-    return all(reader in static for reader in value.consumers())
+    return all(
+        reader in static
+        and (
+            may_be_signed(reader.outputs[0], static)
+            if is_op(reader, *_MOVES)
+            else is_product(reader) and reader.inputs[1] is not None and rank(reader.inputs[1]) not in (None, 1, 2)
+        )
+        for reader in value.consumers()
+    )
 
 
 def reads_probabilities(node: ir.Node) -> bool:
