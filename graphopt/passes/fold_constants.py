@@ -110,14 +110,14 @@ def _part_splits(model: ir.Model) -> bool:
         if not is_op(node, "Split") or not _operands_are_constant(node) or node.inputs[0] is None:
             continue
         axis = node.attributes.get_int("axis", 0)
-        sizes = [known_dim(value, axis) for value in node.outputs]
-        if None in sizes or node.graph is None or node.inputs[0].dtype == ir.DataType.STRING:
+        sizes = [size for size in (known_dim(value, axis) for value in node.outputs) if size is not None]
+        if len(sizes) < len(node.outputs) or node.graph is None or node.inputs[0].dtype == ir.DataType.STRING:
             continue
-        ends = np.cumsum([size or 0 for size in sizes])
+        ends = np.cumsum(sizes)
         for value, end, size in zip(node.outputs, ends, sizes, strict=True):
             if not value.uses() and not value.is_graph_output():
                 continue
-            parts = {"start": end - (size or 0), "end": end, "axis": axis}
+            parts = {"start": end - size, "end": end, "axis": axis}
             bounds = [
                 rewriter.initializer(node.graph, f"{value.name}_{part}", ir.tensor([int(number)], ir.DataType.INT64))
                 for part, number in parts.items()
